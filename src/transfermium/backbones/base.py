@@ -1,0 +1,44 @@
+"""What every backbone promises."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ..graph import AtomGraph, Cutoff
+
+
+class Edges(NamedTuple):
+    """Geometry of the edges, for heads that look at bonds."""
+
+    lengths: Tensor  # (n_edges,), Å
+    directions: Tensor  # (n_edges, 3), unit vectors from receiver to sender
+    weights: Tensor  # (n_edges,), the envelope: zero at the cutoff
+
+
+class Features(NamedTuple):
+    """What a backbone knows of each atom."""
+
+    scalars: Tensor  # (n_atoms, width), unchanged when the structure turns
+    vectors: Tensor | None = None  # (n_atoms, 3, width), turning with the structure
+    edges: Edges | None = None  # filled in by the model for heads that need it
+
+
+class Backbone(nn.Module):
+    """An architecture: `AtomGraph` to `Features`.
+
+    A subclass sets `width` (of its features), `edges` (how its graph is built) and keeps every constructor argument
+    as an attribute of the same name. `laws` names what `transfermium.testing.check_backbone` holds it to.
+    """
+
+    laws: ClassVar[frozenset[str]] = frozenset({"rotation", "reflection", "smooth", "derivatives"})
+
+    width: int
+    edges: Cutoff
+
+    def forward(self, graph: AtomGraph) -> Features:
+        raise NotImplementedError
+
+    def __call__(self, graph: AtomGraph) -> Features:
+        return super().__call__(graph)  # type: ignore[no-any-return]

@@ -1,0 +1,292 @@
+"""From features of atoms to physical quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .backbones.base import Features
+from .errors import InputError
+from .graph import AtomGraph, Sample, is_isolated_atom
+from .nn import LAST_ELEMENT, mlp
+
+
+class Head(nn.Module):
+    """`(features, graph)` to a tensor in physical units.
+
+    `needs` names what of `Features` must be there: the model supplies "edges", and "vectors" for backbones without.
+    `per_atom` says that there is one row per atom, rather than one per structure.
+    """
+
+    needs: frozenset[str] = frozenset()
+    per_atom = False
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, features: Features, graph: AtomGraph) -> Tensor:
+        return super().__call__(features, graph)  # type: ignore[no-any-return]
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        """Set references and scale from the labels called `name`; without labels nothing changes."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Head:
+        """Move or convert; references and scale stay in double precision whatever the type of the weights."""
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class EnergyHead(Head):
+    """Energy (eV): atomic contributions times a scale, plus a reference energy per element.
+
+    Contributions are added up in double precision, so that float32 models keep their digits in large systems.
+    """
+
+    scale: Tensor
+    references: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.readout = mlp(width, width, 1)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("references", torch.zeros(LAST_ELEMENT + 1, dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        atom_energies = self.readout(features.scalars).squeeze(1).double() * self.scale
+        return graph.sum_over_systems(atom_energies + self.references.index_select(0, graph.atomic_numbers))
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        """Fit references by least squares; the scale is the RMS force, or else the RMS residual per atom."""
+        numbers, energies = labelled_totals(name, samples)
+        residuals = np.zeros(0)
+        if len(energies):
+            references = fit_references(numbers, energies, isolated_energies(name, samples))
+            self.references.copy_(torch.from_numpy(references))
+            counts = np.array([len(z) for z in numbers])
+            residuals = (energies - [references[z].sum() for z in numbers]) / counts
+        forces = values("forces", samples)
+        self.scale.fill_(rms(forces if len(forces) else residuals))
+
+
+class ScalarHead(Head):
+    """One number per structure: the mean over its atoms ("mean", "attention") or their sum ("sum").
+
+    Means are for intensive properties such as band gaps, sums for extensive ones such as polarisabilities.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, width: int, pooling: str = "mean"):
+        super().__init__()
+        _one_of("pooling", pooling, ("mean", "attention", "sum"))
+        self.width = width
+        self.pooling = pooling
+        self.readout = mlp(width, width, 1)
+        if pooling == "attention":
+            self.score = mlp(width, width, 1)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        score = self.score(features.scalars) if self.pooling == "attention" else None
+        contributions = self.readout(features.scalars).double() * self.scale + self.shift
+        if self.pooling == "sum":
+            return graph.sum_over_systems(contributions).squeeze(1)
+        return pooled(contributions, graph, score).squeeze(1)
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        """Shift and scale become mean and standard deviation (per atom for sums)."""
+        sizes, labels = _sizes_and_labels(name, samples)
+        if self.pooling == "sum":
+            labels = labels / sizes
+        if len(labels):
+            self.shift.fill_(labels.mean())
+            self.scale.fill_(rms(labels - labels.mean()))
+
+
+class ClassHead(Head):
+    """Scores (logits) of classes per structure: (n_systems, classes)."""
+
+    def __init__(self, width: int, classes: int = 2):
+        super().__init__()
+        self.width = width
+        self.classes = classes
+        self.readout = mlp(width, width, classes)
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        return self.readout(pooled(features.scalars, graph))
+
+
+class AtomHead(Head):
+    """One number per atom: (n_atoms,); with `classes`, their scores: (n_atoms, classes)."""
+
+    per_atom = True
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, width: int, classes: int = 0):
+        super().__init__()
+        self.width = width
+        self.classes = classes
+        self.readout = mlp(width, width, classes or 1)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        result = self.readout(features.scalars)
+        return result if self.classes else result.squeeze(1).double() * self.scale + self.shift
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        labels = values(name, samples)
+        if len(labels) and not self.classes:
+            self.shift.fill_(labels.mean())
+            self.scale.fill_(rms(labels - labels.mean()))
+
+
+class VectorHead(Head):
+    """One vector per atom, turning with the structure: (n_atoms, 3)."""
+
+    needs = frozenset({"vectors"})
+    per_atom = True
+    scale: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.gate = mlp(width, width, width)
+        self.mix = nn.Linear(width, width, bias=False)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        assert features.vectors is not None
+        gates = self.gate(features.scalars).unsqueeze(1)
+        return (self.mix(features.vectors) * gates).mean(dim=2).double() * self.scale
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        self.scale.fill_(rms(values(name, samples)))
+
+
+class TensorHead(Head):
+    """One symmetric 3×3 tensor per structure, such as a stress or a dielectric tensor: (n_systems, 3, 3).
+
+    An isotropic part from the atoms plus a mean over bonds of learned scalars times r̂⊗r̂.
+    """
+
+    needs = frozenset({"edges"})
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.isotropic = mlp(width, width, 1)
+        self.receiver = nn.Linear(width, width)
+        self.sender = nn.Linear(width, width, bias=False)
+        self.radial = nn.Linear(4, width, bias=False)
+        self.bond = nn.Sequential(nn.SiLU(), nn.Linear(width, 1))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        assert features.edges is not None
+        s, (lengths, directions, weights) = features.scalars, features.edges
+        powers = torch.stack([torch.exp(-lengths / k) for k in (0.5, 1.0, 2.0, 4.0)], dim=1)
+        pair = self.receiver(s).index_select(0, graph.receivers) + self.sender(s).index_select(0, graph.senders)
+        strength = self.bond(pair + self.radial(powers)).squeeze(1) * weights  # (n_edges,)
+
+        outer = directions.unsqueeze(2) * directions.unsqueeze(1)
+        bonds = graph.sum_over_neighbors(strength.view(-1, 1, 1) * outer)
+        bonds = bonds / (graph.sum_over_neighbors(weights) + 1).view(-1, 1, 1)  # (n_atoms, 3, 3)
+        one = torch.eye(3, dtype=torch.float64, device=s.device)
+        tensor = bonds.double() + self.isotropic(s).double().unsqueeze(2) * one
+        return pooled(tensor.flatten(1), graph).view(-1, 3, 3) * self.scale + self.shift * one
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        labels = values(name, samples).reshape(-1, 3, 3)
+        if len(labels):
+            self.shift.fill_(np.trace(labels, axis1=1, axis2=2).mean() / 3)
+            self.scale.fill_(rms(labels - float(self.shift) * np.eye(3)))
+
+
+def pooled(per_atom: Tensor, graph: AtomGraph, score: Tensor | None = None) -> Tensor:
+    """Mean over the atoms of each structure, or the attention-weighted mean for `score` (n_atoms, 1)."""
+    if score is None:
+        counts = graph.atoms_per_system().clamp(min=1).to(per_atom.dtype)
+        return graph.sum_over_systems(per_atom) / counts.view(-1, *[1] * (per_atom.dim() - 1))
+    weights = torch.exp(10 * torch.tanh(score / 10))  # bounded: attention never overflows
+    total = graph.sum_over_systems(weights).clamp(min=1e-12)
+    return graph.sum_over_systems(per_atom * weights) / total
+
+
+def fit_references(
+    numbers: Sequence[np.ndarray],
+    energies: np.ndarray,
+    fixed: Mapping[int, float] | None = None,
+    ridge: float = 1e-6,
+) -> np.ndarray:
+    """Energies per element (eV; index: atomic number) that best explain total energies, by least squares per atom.
+
+    `fixed` elements keep their value. Elements that the data cannot tell apart (always in the same ratio) share what
+    is left; elements that do not occur get zero. The small ridge pulls towards the mean per atom, never towards zero.
+    """
+    references = np.zeros(LAST_ELEMENT + 1)
+    for element, energy in (fixed or {}).items():
+        references[element] = energy
+
+    counts = np.array([len(z) for z in numbers], float)
+    composition = np.stack([np.bincount(z, minlength=LAST_ELEMENT + 1) for z in numbers]) / counts[:, None]
+    per_atom = np.asarray(energies, float) / counts - composition @ references
+    free = np.flatnonzero(composition.any(axis=0) & ~np.isin(np.arange(LAST_ELEMENT + 1), list(fixed or {})))
+    if len(free) == 0:
+        return references
+
+    a = composition[:, free]
+    share = a.sum(axis=1)
+    mean = share @ per_atom / (share @ share)  # the best single value for all free elements
+    gram = a.T @ a + ridge * len(a) / len(free) * np.eye(len(free))
+    references[free] = mean + np.linalg.solve(gram, a.T @ (per_atom - mean * share))
+    return references
+
+
+def isolated_energies(name: str, samples: Sequence[Sample]) -> dict[int, float]:
+    """Energies of the structures marked `config_type=IsolatedAtom`, by atomic number."""
+    lone = [s for s in samples if is_isolated_atom(s.atoms) and np.isfinite(s.targets.get(name, [np.nan])[0])]
+    return {int(s.atoms.numbers[0]): float(s.targets[name][0]) for s in lone}
+
+
+def labelled_totals(name: str, samples: Sequence[Sample]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Atomic numbers and labels of the samples that have a finite label per structure."""
+    found = [(s.atoms.numbers, float(s.targets[name][0])) for s in samples if name in s.targets]
+    found = [(z, e) for z, e in found if np.isfinite(e) and len(z)]
+    return [z for z, _ in found], np.array([e for _, e in found])
+
+
+def values(name: str, samples: Sequence[Sample]) -> np.ndarray:
+    """All finite labels of this name, joined along the leading axis."""
+    rows = [np.asarray(s.targets[name], float) for s in samples if name in s.targets]
+    rows = [r[np.isfinite(r).reshape(len(r), -1).all(axis=1)] for r in rows]
+    return np.concatenate(rows) if rows else np.zeros(0)
+
+
+def _sizes_and_labels(name: str, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    numbers, labels = labelled_totals(name, samples)
+    return np.array([len(z) for z in numbers]), labels
+
+
+def rms(x: np.ndarray) -> float:
+    """Root mean square; one where there is nothing to scale by (no labels, or all of them equal)."""
+    rms = float(np.sqrt(np.mean(np.square(x)))) if np.size(x) else 0.0
+    return rms if rms > 1e-12 else 1.0
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is '{value}', but must be one of {', '.join(choices)}")

@@ -1,0 +1,297 @@
+"""A backbone with named outputs, their derivatives, and the file that holds them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .backbones.base import Backbone, Edges, Features
+from .errors import InputError
+from .graph import AtomGraph
+from .heads import Head
+from .nn import Bessel, lengths_and_directions
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Minus the derivative of a head with respect to positions: forces (eV/Å) of an energy, (n_atoms, 3)."""
+
+    of: str
+
+
+@dataclass(frozen=True)
+class Strain:
+    """Derivative of a head with respect to strain, per volume: the stress of an energy, (n_systems, 3, 3).
+
+    In eV/Å³ with ASE's sign (negative when compressed); NaN where a structure is not periodic in three directions.
+    """
+
+    of: str
+
+
+Output = Head | Gradient | Strain
+
+
+class Model(nn.Module):
+    """`model(graph, wanted)` computes only what is asked for.
+
+    Args:
+        backbone: `AtomGraph` to `Features`.
+        outputs: name to head, or to `Gradient(name)` / `Strain(name)` of a head with one value per structure.
+        card: what is known of this model beside its weights; see `save`.
+    """
+
+    def __init__(self, backbone: Backbone, outputs: Mapping[str, Output], card: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({name: out for name, out in outputs.items() if isinstance(out, Head)})
+        self.derivatives = {name: out for name, out in outputs.items() if not isinstance(out, Head)}
+        for name, derivative in self.derivatives.items():
+            if derivative.of not in self.heads:
+                raise InputError(f"output '{name}' derives '{derivative.of}', which is not a head of this model")
+        self.card: dict[str, Any] = dict(card or {})
+
+        needs = frozenset().union(*(head.needs for head in self._heads().values()))
+        self.bond_vectors = None
+        if "vectors" in needs and "vectors" not in backbone.laws:
+            self.bond_vectors = BondVectors(backbone.width, backbone.edges.radius)
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        return {**self._heads(), **self.derivatives}
+
+    def forward(self, graph: AtomGraph, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Outputs by name; all of them by default. Derivatives can be differentiated again in training mode."""
+        parameter = next(self.parameters())
+        graph = graph.to(parameter.device, parameter.dtype)
+        wanted = list(self.outputs) if wanted is None else list(wanted)
+        for name in wanted:
+            if name not in self.outputs:
+                raise InputError(f"this model has no output '{name}': it has {', '.join(self.outputs)}")
+        derived = {name: self.derivatives[name] for name in wanted if name in self.derivatives}
+        if not derived:
+            return self._evaluate(graph, wanted)
+
+        with torch.enable_grad():
+            graph, leaves = _differentiable(graph, {type(derivative) for derivative in derived.values()})
+            direct = [name for name in wanted if name in self.heads]
+            roots = dict.fromkeys(derivative.of for derivative in derived.values())
+            results = self._evaluate(graph, dict.fromkeys([*direct, *roots]))
+            for of in roots:
+                names = {name: d for name, d in derived.items() if d.of == of}
+                results |= self._differentiate(results[of], names, graph.cell, leaves)
+        if not self.training:
+            results = {name: value.detach() for name, value in results.items()}
+        return {name: results[name] for name in wanted}
+
+    def __call__(self, graph: AtomGraph, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        return super().__call__(graph, wanted)  # type: ignore[no-any-return]
+
+    def per_atom(self, name: str) -> bool:
+        """Whether an output has one row per atom, rather than one per structure."""
+        output = self.outputs[name]
+        return output.per_atom if isinstance(output, Head) else isinstance(output, Gradient)
+
+    def features(self, graph: AtomGraph, needs: Collection[str] = ("vectors", "edges")) -> Features:
+        """What the backbone sees, completed with what heads need."""
+        features = self.backbone(graph)
+        bond_vectors = self.bond_vectors if features.vectors is None and "vectors" in needs else None
+        if "edges" in needs or bond_vectors is not None:
+            lengths, directions = lengths_and_directions(graph.edge_vectors())
+            features = features._replace(edges=Edges(lengths, directions, self.backbone.edges.envelope(lengths)))
+        if bond_vectors is not None:
+            features = features._replace(vectors=bond_vectors(features, graph))
+        return features
+
+    def _evaluate(self, graph: AtomGraph, names: Collection[str]) -> dict[str, Tensor]:
+        heads = {name: head for name, head in self._heads().items() if name in names}
+        features = self.features(graph, frozenset().union(*(head.needs for head in heads.values())))
+        return {name: head(features, graph) for name, head in heads.items()}
+
+    def _differentiate(
+        self, values: Tensor, names: Mapping[str, Gradient | Strain], cell: Tensor, leaves: Mapping[type, Tensor]
+    ) -> dict[str, Tensor]:
+        """Forces -dE/dr and stress dE/dε / V, in one backward pass."""
+        kinds = list(dict.fromkeys(type(d) for d in names.values()))
+        gradients = torch.autograd.grad(
+            values.sum(), [leaves[kind] for kind in kinds], create_graph=self.training, materialize_grads=True
+        )
+        by_kind = dict(zip(kinds, gradients, strict=True))
+        return {
+            name: -by_kind[Gradient] if isinstance(d, Gradient) else _per_volume(by_kind[Strain], cell)
+            for name, d in names.items()
+        }
+
+    def _heads(self) -> dict[str, Head]:
+        return dict(self.heads.items())  # type: ignore[arg-type]
+
+    # -- the file ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and card to one safetensors file, at once or not at all.
+
+        The card is JSON under the key "transfermium" of the file's header: classes and arguments, units, label names,
+        level of theory, references, elements seen with counts, history of stages and metrics.
+        """
+        card = {"format": FORMAT, **self.architecture(), **self.card}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        write_tensors(path, tensors, {"transfermium": json.dumps(card)})
+
+    def architecture(self) -> dict[str, Any]:
+        """Classes and arguments of the backbone and the outputs, ready for JSON."""
+        outputs: dict[str, Any] = {name: described(head) for name, head in self._heads().items()}
+        for name, derivative in self.derivatives.items():
+            outputs[name] = {"class": type(derivative).__name__, "arguments": {"of": derivative.of}}
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        return {"backbone": described(self.backbone), "outputs": outputs, "dtype": dtype}
+
+
+def load(path: str | Path) -> Model:
+    """Read a model; nothing in the file is executed.
+
+    Raises `InputError` for files that are not models, or whose classes are not imported here.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        card = json.loads(metadata["transfermium"])
+        found = card.pop("format")
+    except (KeyError, ValueError, AttributeError):
+        raise InputError(f"{path} is not a transfermium model: its header has no readable card") from None
+    if found != FORMAT:
+        raise InputError(f"{path} has file format {found}, but this version reads {FORMAT}: update transfermium")
+    try:
+        backbone = rebuilt(card.pop("backbone"), Backbone)
+        outputs = {name: _rebuilt_output(spec) for name, spec in card.pop("outputs").items()}
+        dtype = {"float32": torch.float32, "float64": torch.float64}[card.pop("dtype")]
+        model = Model(backbone, outputs, card)
+        model.to(dtype).load_state_dict(tensors)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged or from another version: {reason}") from None
+    return model.eval()
+
+
+def described(thing: Any) -> dict[str, Any]:
+    """Class and constructor arguments of an object that remembers them as attributes."""
+    names = list(inspect.signature(type(thing)).parameters)
+    if forgotten := [name for name in names if not hasattr(thing, name)]:
+        raise InputError(
+            f"{type(thing).__name__} does not remember its argument '{forgotten[0]}': keep each constructor argument "
+            "as an attribute of the same name"
+        )
+    return {"class": type(thing).__name__, "arguments": {name: getattr(thing, name) for name in names}}
+
+
+def copied(thing: Any) -> Any:
+    """A new object of the same class and arguments, with new weights."""
+    return type(thing)(**described(thing)["arguments"])
+
+
+def rebuilt(spec: Mapping[str, Any], base: type) -> Any:
+    """The object described; only subclasses of `base` that are already imported can be built."""
+    known = {cls.__name__: cls for cls in _subclasses(base)}
+    if spec["class"] not in known:
+        raise InputError(f"the class {spec['class']} is not known here: import the module that defines it first")
+    return known[spec["class"]](**spec["arguments"])
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file beside `path`, flush it to disk and rename it: never a half-written file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, safetensors.torch.save(dict(tensors), dict(metadata or {})))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file at once or not at all, also across a power cut."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+class BondVectors(nn.Module):
+    """Vectors for backbones that have none: learned scalars of each edge times its direction, (n_atoms, 3, width)."""
+
+    def __init__(self, width: int, cutoff: float):
+        super().__init__()
+        self.basis = Bessel(12, cutoff)
+        self.filter = nn.Linear(13, width, bias=False)
+        self.sender = nn.Linear(width, width)
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        assert features.edges is not None
+        lengths, directions, weights = features.edges
+        basis = torch.cat([self.basis(lengths), torch.ones_like(lengths).unsqueeze(1)], dim=1) * weights.unsqueeze(1)
+        scalars = self.filter(basis) * self.sender(features.scalars).index_select(0, graph.senders)
+        return graph.sum_over_neighbors(scalars.unsqueeze(1) * directions.unsqueeze(2))
+
+
+def _differentiable(graph: AtomGraph, kinds: Collection[type]) -> tuple[AtomGraph, dict[type, Tensor]]:
+    """The same graph as a function of its positions and of a symmetric strain (zero) of positions and cell."""
+    positions = graph.positions.detach().requires_grad_()
+    if Strain not in kinds:
+        return graph._replace(positions=positions), {Gradient: positions}
+    strain = graph.cell.new_zeros(graph.n_systems, 3, 3).requires_grad_()
+    stretch = (strain + strain.mT) / 2
+    moved = positions + (positions.unsqueeze(1) @ stretch.index_select(0, graph.system_idx)).squeeze(1)
+    cell = graph.cell + graph.cell @ stretch
+    return graph._replace(positions=moved, cell=cell), {Gradient: positions, Strain: strain}
+
+
+def _per_volume(gradient: Tensor, cell: Tensor) -> Tensor:
+    volume = torch.linalg.det(cell.detach()).abs()
+    periodic = volume > 0
+    stress = gradient / torch.where(periodic, volume, 1.0).view(-1, 1, 1)
+    return torch.where(periodic.view(-1, 1, 1), stress, torch.nan)
+
+
+def _rebuilt_output(spec: Mapping[str, Any]) -> Output:
+    derivatives = {"Gradient": Gradient, "Strain": Strain}
+    if spec["class"] in derivatives:
+        return derivatives[spec["class"]](**spec["arguments"])
+    return rebuilt(spec, Head)  # type: ignore[no-any-return]
+
+
+def _subclasses(base: type) -> list[type]:
+    return [cls for direct in base.__subclasses__() for cls in (direct, *_subclasses(direct))]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

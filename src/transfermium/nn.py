@@ -1,0 +1,98 @@
+"""Blocks that at least two backbones or heads share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .graph import AtomGraph
+
+LAST_ELEMENT = 118
+
+
+def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
+    """Linear layers with SiLU between them and none after the last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(n_in, n_out, bias=bias), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class NodeInputs(nn.Module):
+    """Who each atom is: its element, plus named inputs of the graph that start without any effect.
+
+    Args:
+        width: length of the result per atom.
+        elements: highest atomic number that can be told apart.
+        inputs: names of scalar inputs in `AtomGraph.inputs`; their weights start at zero, so that a model that
+            gains an input is at first the model it was.
+    """
+
+    def __init__(self, width: int, elements: int = LAST_ELEMENT, inputs: Sequence[str] = ()):
+        super().__init__()
+        self.elements = elements
+        self.element = nn.Embedding(elements + 1, width)  # row 0 is the dummy atom X
+        self.inputs = nn.ModuleDict({name: nn.Linear(1, width, bias=False) for name in inputs})
+        for linear in self.inputs.values():
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, graph: AtomGraph) -> Tensor:
+        """Element and inputs of each atom as one vector: (n_atoms, width)."""
+        if graph.n_atoms and int(graph.atomic_numbers.max()) > self.elements:
+            raise InputError(
+                f"element {int(graph.atomic_numbers.max())} is beyond this model's table of {self.elements} elements: "
+                f"build the backbone with elements={LAST_ELEMENT}"
+            )
+        result = self.element(graph.atomic_numbers)
+        for name, linear in self.inputs.items():
+            result = result + linear(graph.inputs[name])
+        return result
+
+
+class Gaussians(nn.Module):
+    """Lengths smeared over Gaussians evenly spaced on [0, cutoff]: (n_edges,) to (n_edges, n)."""
+
+    def __init__(self, n: int, cutoff: float):
+        super().__init__()
+        self.register_buffer("centers", torch.linspace(0, cutoff, n), persistent=False)
+        self.gamma = 0.5 * ((n - 1) / cutoff) ** 2
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        return torch.exp(-self.gamma * (lengths.unsqueeze(1) - self.centers) ** 2)
+
+
+class Bessel(nn.Module):
+    """Spherical Bessel functions of order zero, sin(nπr/r_c)/r: (n_edges,) to (n_edges, n) (arXiv:2003.03123)."""
+
+    def __init__(self, n: int, cutoff: float):
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(1, n + 1) * math.pi / cutoff, persistent=False)
+        self.scale = math.sqrt(2 / cutoff)
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        r = lengths.unsqueeze(1)
+        return self.scale * torch.sin(self.frequencies * r) / r
+
+
+class ExpNormal(nn.Module):
+    """Gaussians of exp(-r) with trainable centres and widths (PhysNet's): (n_edges,) to (n_edges, n)."""
+
+    def __init__(self, n: int, cutoff: float):
+        super().__init__()
+        self.rate = 5.0 / cutoff
+        start = math.exp(-cutoff * self.rate)
+        self.centers = nn.Parameter(torch.linspace(start, 1, n))
+        self.betas = nn.Parameter(torch.full((n,), (2 / n * (1 - start)) ** -2))
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        return torch.exp(-self.betas * (torch.exp(-self.rate * lengths.unsqueeze(1)) - self.centers) ** 2)
+
+
+def lengths_and_directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms (n_edges,) and unit vectors (n_edges, 3)."""
+    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    return lengths, vectors / lengths.unsqueeze(1)
