@@ -1,0 +1,46 @@
+"""Pre-train atomistic graph networks on cheap data, transfer them to few labels, and measure what it saved."""
+
+__version__ = "0.1.0"
+
+from .backbones import CGCNN, Backbone, Features, PaiNN, TensorNet
+from .calculator import Calculator
+from .data import read
+from .errors import InputError
+from .evaluate import evaluate, predict
+from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
+from .model import Gradient, Model, Strain, load
+from .objectives import Denoise, Objective, Potential, Property
+from .train import TrainConfig, train
+from .transfer import finetune, pretrain
+
+__all__ = [
+    "CGCNN",
+    "AtomHead",
+    "Backbone",
+    "Calculator",
+    "ClassHead",
+    "Denoise",
+    "EnergyHead",
+    "Features",
+    "Gradient",
+    "Head",
+    "InputError",
+    "Model",
+    "Objective",
+    "PaiNN",
+    "Potential",
+    "Property",
+    "ScalarHead",
+    "Strain",
+    "TensorHead",
+    "TensorNet",
+    "TrainConfig",
+    "VectorHead",
+    "evaluate",
+    "finetune",
+    "load",
+    "predict",
+    "pretrain",
+    "read",
+    "train",
+]

@@ -1,0 +1,77 @@
+"""Any model as an ASE calculator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ase
+from ase.calculators.calculator import Calculator as AseCalculator
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from .errors import InputError
+from .evaluate import unseen_elements
+from .graph import to_graph
+from .model import Model, load
+from .train import chosen_device
+
+
+class Calculator(AseCalculator):
+    """Energy (eV), forces (eV/Å) and stress (eV/Å³) of a model, for molecular dynamics and relaxations in ASE.
+
+    Args:
+        model: a model or its file.
+        device: "auto" is CUDA where there is one, else the CPU.
+        allow_unseen: predict on elements that the model never saw in training, instead of refusing.
+
+    Raises:
+        InputError: when the model has no energy, or is asked about elements it never saw.
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(self, model: str | Path | Model, device: str = "auto", allow_unseen: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.model = (model if isinstance(model, Model) else load(model)).to(chosen_device(device)).eval()
+        meaning = self.model.card.get("quantities", {}).get("energy", ["energy", "eV"])
+        if "energy" not in self.model.outputs or meaning[0] != "energy":
+            raise InputError("this model predicts no energy: train it with the Potential objective to use it in ASE")
+        self.allow_unseen = allow_unseen
+        self.checked: set[int] = set()
+
+    def calculate(
+        self,
+        atoms: ase.Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        self._check_elements()
+        wanted = {"energy", *({"free_energy": "energy"}.get(p, p) for p in properties)}
+        for name in wanted - set(self.model.outputs):
+            raise PropertyNotImplementedError(f"this model has no {name}")
+        if "stress" in wanted and not (self.atoms.pbc.all() and self.atoms.cell.rank == 3):
+            raise PropertyNotImplementedError("stress needs a structure that is periodic in three directions")
+
+        outputs = self.model(to_graph([self.atoms], self.model.backbone.edges), wanted)
+        arrays = {name: value.detach().double().cpu().numpy() for name, value in outputs.items()}
+        self.results["energy"] = self.results["free_energy"] = float(arrays["energy"][0])
+        if "forces" in arrays:
+            self.results["forces"] = arrays["forces"]
+        if "stress" in arrays:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"][0])
+
+    def _check_elements(self) -> None:
+        assert self.atoms is not None
+        new = set(self.atoms.numbers.tolist()) - self.checked
+        if new and not self.allow_unseen:
+            unseen = unseen_elements(self.model, self.atoms.numbers)
+            if unseen:
+                raise InputError(
+                    f"the model never saw {', '.join(unseen)}: train on structures with these elements, "
+                    "or pass allow_unseen=True"
+                )
+        self.checked |= new

@@ -1,0 +1,267 @@
+"""The verbs as a command line; no logic of its own."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import rich
+import yaml
+
+from . import __version__
+from .backbones import Backbone
+from .console import console, table
+from .errors import InputError
+from .objectives import Objective
+from .train import TrainConfig
+
+Arguments = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb; exits with 0, or with 2 and one sentence when the input cannot be used."""
+    try:
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        verb = arguments.pop("verb")
+        values = parser.instantiate_classes(arguments)[verb].as_dict()
+        values.pop("config", None)
+        VERBS[verb](values)
+    except InputError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted: the same command goes on where it was last saved", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if os.environ.get("TRANSFERMIUM_DEBUG"):
+            traceback.print_exc()
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+
+
+def demo(arguments: Arguments) -> None:
+    """Transfer from PBE to r2SCAN on the crystals that come with the package, in minutes."""
+    from .study.demo import demo as run
+
+    run(**arguments)
+
+
+def pretrain(arguments: Arguments) -> None:
+    """Train a new model on any objective."""
+    from .report import run_report
+    from .transfer import pretrain as run
+
+    _show_configuration("pretrain", arguments)
+    model = run(arguments.pop("data"), **_with_pairs(arguments))
+    _trained(model, arguments["out"], run_report)
+
+
+def finetune(arguments: Arguments) -> None:
+    """Train a copy of a model on new labels."""
+    from .report import run_report
+    from .transfer import finetune as run
+
+    _show_configuration("finetune", arguments)
+    model = run(arguments.pop("base"), arguments.pop("data"), **_with_pairs(arguments))
+    _trained(model, arguments["out"], run_report)
+
+
+def evaluate(arguments: Arguments) -> None:
+    """Errors of a model, in physical units."""
+    from .evaluate import evaluate as run
+    from .evaluate import printable, printable_elements
+
+    as_json = arguments.pop("json")
+    result = run(arguments.pop("model"), arguments.pop("data"), verbose=not as_json, **_with_pairs(arguments))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    rich.print(table(f"Errors on {result['n']} structures", printable(result)))
+    if rows := printable_elements(result):
+        rich.print(table("Mean absolute error by element", rows))
+
+
+def predict(arguments: Arguments) -> None:
+    """Predictions for structures, as extended XYZ or CSV."""
+    from .evaluate import predict as run
+
+    out = arguments["out"]
+    results = run(arguments.pop("model"), arguments.pop("data"), **arguments)
+    console.print(f"{len(results)} structures written to {out}")
+
+
+def info(arguments: Arguments) -> None:
+    """What is known of a model: architecture, labels, elements, history."""
+    from .model import load
+
+    model = load(arguments["model"])
+    card = {
+        "file": str(arguments["model"]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **model.architecture(),
+        **model.card,
+    }
+    if arguments["json"]:
+        print(json.dumps(card, ensure_ascii=False))
+        return
+    print(yaml.safe_dump(json.loads(json.dumps(card)), sort_keys=False, allow_unicode=True, width=110), end="")
+
+
+def pack(arguments: Arguments) -> None:
+    """Structures and labels as one folder of Arrow files, for random access out of core."""
+    from .data import pack as run
+    from .data import read
+
+    source = read(*arguments["data"])
+    packed = run(source, arguments["out"], level=arguments["level"])
+    console.print(f"{len(packed)} structures packed into {arguments['out']}")
+
+
+VERBS: dict[str, Callable[[Arguments], None]] = {
+    verb.__name__: verb for verb in (demo, pretrain, finetune, evaluate, predict, info, pack)
+}
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one sentence with the nearest valid name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(_readable(message, self))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__)
+    verbs = parser.add_subcommands(dest="verb", metavar="VERB")
+    verbs.add_subcommand("demo", _demo_parser(), help=demo.__doc__)
+    verbs.add_subcommand("pretrain", _training_parser(), help=pretrain.__doc__)
+    verbs.add_subcommand("finetune", _training_parser("base"), help=finetune.__doc__)
+    verbs.add_subcommand("evaluate", _evaluate_parser(), help=evaluate.__doc__)
+    verbs.add_subcommand("predict", _predict_parser(), help=predict.__doc__)
+    verbs.add_subcommand("info", _info_parser(), help=info.__doc__)
+    verbs.add_subcommand("pack", _pack_parser(), help=pack.__doc__)
+    return parser
+
+
+def _training_parser(base: str | None = None) -> Parser:
+    parser = Parser()
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    if base:
+        parser.add_argument("base", type=str, help="model file to start from")
+    parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    parser.add_subclass_arguments(Objective, "objective", required=True, help="what to learn")
+    if base:
+        parser.add_argument("--align", type=bool, default=True, help="fit reference energies to the new labels first")
+    else:
+        parser.add_subclass_arguments(Backbone, "backbone", default={"class_path": "TensorNet"}, help="the architecture")
+    parser.add_argument("--out", type=str, required=True, help="run folder; the same command resumes")
+    parser.add_argument("--valid", nargs="+", type=str, default=None, help="structures that choose the checkpoint")
+    parser.add_argument("--valid-fraction", type=float, default=0.1, help="or this fraction of the data")
+    parser.add_argument("--split-by", type=str, default="auto", help="auto, random, composition, prototype or an info key")
+    parser.add_argument("--split-key", type=str, default=None, help="info key that says which structures are for training")
+    _label_arguments(parser)
+    parser.add_class_arguments(TrainConfig, None)
+    return parser
+
+
+def _evaluate_parser() -> Parser:
+    parser = _model_parser()
+    _label_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _predict_parser() -> Parser:
+    parser = _model_parser()
+    parser.add_argument("--out", type=str, required=True, help="an .extxyz or .csv file")
+    return parser
+
+
+def _model_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("model", type=str, help="model file")
+    parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    parser.add_argument("--edges", type=int, default=10_000, help="most edges in a batch")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
+    return parser
+
+
+def _info_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("model", type=str, help="model file")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _pack_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    parser.add_argument("--out", type=str, required=True, help="new folder")
+    parser.add_argument("--level", type=str, default=None, help="level of theory of the labels, such as PBE")
+    return parser
+
+
+def _demo_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("--out", type=str, default="transfermium-demo", help="folder for models and report")
+    return parser
+
+
+def _label_arguments(parser: Parser) -> None:
+    parser.add_argument("--label", nargs="+", type=str, action="extend", default=[], metavar="NAME=KEY")
+    parser.add_argument("--unit", nargs="+", type=str, action="extend", default=[], metavar="NAME=UNIT")
+
+
+def _with_pairs(arguments: Arguments) -> Arguments:
+    """`NAME=KEY` options as mappings, and names as Python spells them."""
+    for option in ("label", "unit"):
+        pairs = [text.partition("=") for text in arguments[option]]
+        for name, equals, value in pairs:
+            if not (name and equals and value):
+                raise InputError(f"--{option} {name}{equals}{value} is not NAME={'KEY' if option == 'label' else 'UNIT'}")
+        arguments[option] = {name: value for name, _, value in pairs}
+    return arguments
+
+
+def _trained(model: Any, out: str, run_report: Callable[[Path], Path]) -> None:
+    report = run_report(Path(out))
+    console.print(f"Model: {Path(out) / 'model.safetensors'}\nReport: {report}")
+
+
+def _show_configuration(verb: str, arguments: Arguments) -> None:
+    from .model import described
+
+    shown = {
+        name: described(value) if isinstance(value, Objective | Backbone) else value
+        for name, value in arguments.items()
+        if value not in (None, [])
+    }
+    console.print(f"[bold]transfermium {verb}[/bold]")
+    console.print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True).rstrip(), style="dim")
+
+
+def _readable(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """The parser's message in one sentence, with the valid names nearest to an unknown one."""
+    text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
+    options = [option for action in parser._actions for option in action.option_strings]
+    names = [option.lstrip("-") for option in options]
+    unknown = re.search(r"(?:Unrecognized arguments|[Kk]ey).*?['\s]-{0,2}([\w.-]+)", text)
+    near = difflib.get_close_matches(unknown.group(1), names, n=2) if unknown else []
+    return f"{text}{f' (did you mean {chr(32).join(near)}?)' if near else ''}"
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    console.print(f"[bold red]error:[/bold red] {message}", markup=True, soft_wrap=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What the terminal shows: on standard error, so that results can be piped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+console = Console(stderr=True, highlight=False)
+
+
+def bar(quiet: bool = False) -> Progress:
+    """An empty set of progress bars with remaining time; silent when `quiet`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet,
+    )
+
+
+def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
+    """The same items, with a progress bar that counts them."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
+        yield from progress.track(items, total=total, description=title)
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of named cells as a table; numbers are right-aligned."""
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for name in rows[0] if rows else ():
+        numeric = not isinstance(rows[0][name], str)
+        result.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        result.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return result

@@ -1,0 +1,303 @@
+"""Errors in physical units, and predictions for structures without labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import numpy as np
+import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import chemical_symbols
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import Tensor
+
+from .console import console, track
+from .data.labels import Labelled, resolve
+from .data.load import VALIDATION, count_edges, plan, rng_of
+from .errors import InputError
+from .graph import to_batch, to_graph
+from .model import Model, load, rebuilt, write_whole
+from .objectives import Objective, Property
+from .train import chosen_device
+from .transfer import Structures, read_structures
+
+PRINTED = {"eV/atom": ("meV/atom", 1e3), "eV/Å": ("meV/Å", 1e3), "eV/Å^3": ("GPa", 160.21766208)}
+
+
+def evaluate(
+    model: str | Path | Model,
+    structures: Structures,
+    *,
+    label: Mapping[str, str] | None = None,
+    unit: Mapping[str, str] | None = None,
+    edges: int = 10_000,
+    device: str = "auto",
+    seed: int = 0,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Errors of a model on every structure that has the labels it was trained on.
+
+    Returns:
+        `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom ("energy_per_atom"),
+        eV/Å ("forces") and eV/Å^3 ("stress"), or in the unit of a property; classes have "accuracy", "cross_entropy"
+        and, where there are two, "roc_auc".
+
+    Raises:
+        InputError: when no structure has such a label.
+    """
+    model = model if isinstance(model, Model) else load(model)
+    objective = objective_of(model)
+    given = read_structures(structures)
+    wanted = objective.labels()
+    labels = resolve(given, list(wanted), labels=label, units=unit, optional=[n for n, must in wanted.items() if not must])
+    if wanted and not labels.entries:
+        raise InputError(f"no structure has any of the labels {', '.join(wanted)}: name their keys with --label NAME=KEY")
+    labelled = Labelled(given, labels)
+
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    numbers = []
+    model = model.to(chosen_device(device)).eval()
+    for members in track(_parts(model, labelled, edges), "evaluating", quiet=not verbose):
+        samples = [objective.prepare(labelled[i], rng_of(seed, VALIDATION, 0, i)) for i in members]
+        names = [name for name in samples[0].targets if name in model.outputs]
+        outputs = model(to_batch(samples, model.backbone.edges).graph, names)
+        sizes = [len(s.atoms) for s in samples]
+        numbers += [s.atoms.numbers for s in samples]
+        for name in names:
+            parts = _by_structure(model, name, outputs[name], sizes)
+            pairs.setdefault(name, []).extend((s.targets[name], o) for s, o in zip(samples, parts, strict=True))
+
+    result: dict[str, Any] = {"n": len(labelled)}
+    for name, rows in pairs.items():
+        classes = isinstance(objective, Property) and objective.task == "classification"
+        found = _class_scores(rows) if classes else _errors(rows, numbers, name, model)
+        if found:
+            result["energy_per_atom" if name == "energy" else name] = found
+    return result
+
+
+def predict(
+    model: str | Path | Model,
+    structures: Structures,
+    out: str | Path | None = None,
+    *,
+    edges: int = 10_000,
+    device: str = "auto",
+    verbose: bool = True,
+) -> list[ase.Atoms]:
+    """Copies of the structures with what the model predicts in place of any labels.
+
+    Energy, forces and stress are results of a calculator; other outputs are in `atoms.info` or `atoms.arrays`. Classes
+    are numbered, with their probabilities under NAME_probabilities.
+
+    Args:
+        out: an extended XYZ or, by its ending, a CSV file with one line per structure.
+    """
+    model = model if isinstance(model, Model) else load(model)
+    given = read_structures(structures)
+    ending = Path(out).suffix.lower() if out is not None else ".extxyz"
+    if ending not in (".extxyz", ".xyz", ".csv"):
+        raise InputError(f"{out} ends in '{ending}', but predictions are written to .extxyz, .xyz or .csv")
+    _tell_unseen(model, given, verbose)
+
+    model = model.to(chosen_device(device)).eval()
+    predicted: dict[int, ase.Atoms] = {}
+    for members in track(_parts(model, given, edges), "predicting", quiet=not verbose):
+        chosen = [given[i] for i in members]
+        outputs = model(to_graph(chosen, model.backbone.edges))
+        sizes = [len(atoms) for atoms in chosen]
+        parts = {name: _by_structure(model, name, values, sizes) for name, values in outputs.items()}
+        for k, index in enumerate(members):
+            own = {name: rows[k] if model.per_atom(name) else rows[k][0] for name, rows in parts.items()}
+            predicted[index] = _with_outputs(chosen[k], own, model)
+
+    results = [predicted[index] for index in range(len(given))]
+    if out is not None:
+        text = io.StringIO()
+        if ending == ".csv":
+            _write_csv(text, results, model)
+        else:
+            ase.io.write(text, results, format="extxyz")
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(out), text.getvalue().encode())
+    return results
+
+
+def printable(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a table for people: meV/atom, meV/Å, GPa."""
+    rows = []
+    for name, found in result.items():
+        if not isinstance(found, Mapping):
+            continue
+        unit, factor = PRINTED.get(found.get("unit", ""), (found.get("unit", ""), 1.0))
+        cells = {"quantity": name.replace("_", " "), "labels": str(found["n"])}
+        for measure in ("mae", "rmse", "r2", "accuracy", "roc_auc", "cross_entropy"):
+            if measure in found:
+                scale = factor if measure in ("mae", "rmse") else 1.0
+                cells[measure.upper() if scale != 1.0 or "mae" in found else measure] = f"{found[measure] * scale:.4g}"
+        rows.append({**cells, "unit": unit})
+    return rows
+
+
+def printable_elements(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a table of mean absolute errors by element."""
+    names = [n for n, f in result.items() if isinstance(f, Mapping) and "per_element" in f]
+    elements = list(dict.fromkeys(e for n in names for e in result[n]["per_element"]))
+    rows = []
+    for element in elements:
+        row = {"element": element}
+        for name in names:
+            unit, factor = PRINTED.get(result[name]["unit"], (result[name]["unit"], 1.0))
+            error = result[name]["per_element"].get(element)
+            row[f"{name.replace('_', ' ')} ({unit})"] = "" if error is None else f"{error * factor:.4g}"
+        rows.append(row)
+    return rows
+
+
+def objective_of(model: Model) -> Objective:
+    """The objective a model was last trained on, from its card."""
+    if "objective" not in model.card:
+        raise InputError("this model was never trained: its card names no objective")
+    return rebuilt(model.card["objective"], Objective)  # type: ignore[no-any-return]
+
+
+def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
+    counts = count_edges(structures, model.backbone.edges)
+    return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
+
+
+def _by_structure(model: Model, name: str, values: Tensor, sizes: list[int]) -> list[np.ndarray]:
+    """An output cut into the rows of each structure."""
+    rows = torch.split(values.detach().double().cpu(), sizes if model.per_atom(name) else 1)
+    return [part.numpy() for part in rows]
+
+
+def _unit(model: Model, name: str) -> str:
+    unit = str(model.card.get("quantities", {}).get(name, ["", ""])[1])
+    return f"{unit}/atom" if name == "energy" else unit
+
+
+def _errors(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Sequence[np.ndarray], name: str, model: Model
+) -> dict[str, Any]:
+    """Errors over all finite components; by element over its atoms, or over the structures that contain it."""
+    if name == "energy":
+        rows = [(t / len(z), o / len(z)) for (t, o), z in zip(rows, numbers, strict=True)]
+    target = np.concatenate([np.asarray(t, float) for t, _ in rows])
+    output = np.concatenate([np.asarray(o, float) for _, o in rows])
+    known = np.isfinite(target) & np.isfinite(output)
+    if not known.any():
+        return {}
+    difference = (output - target)[known]
+    spread = target[known] - target[known].mean()
+    variance = float(np.square(spread).mean())
+    found: dict[str, Any] = {
+        "mae": float(np.abs(difference).mean()),
+        "rmse": float(np.sqrt(np.square(difference).mean())),
+        "r2": 1 - float(np.square(difference).mean()) / variance if variance > 0 else float("nan"),
+        "n": int(known.reshape(len(known), -1).any(axis=1).sum()),
+        "unit": _unit(model, name),
+    }
+    if not np.isfinite(found["r2"]):
+        del found["r2"]
+    return {**found, "per_element": dict(_by_element(rows, numbers, model.per_atom(name)))}
+
+
+def _by_element(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Sequence[np.ndarray], per_atom: bool
+) -> Iterator[tuple[str, float]]:
+    sums: dict[int, list[float]] = {}
+    for (target, output), z in zip(rows, numbers, strict=True):
+        error = np.abs(np.asarray(output, float) - np.asarray(target, float)).reshape(len(target), -1)
+        for element in np.unique(z):
+            part = error[z == element] if per_atom else error
+            part = part[np.isfinite(part)]
+            if part.size:
+                pair = sums.setdefault(int(element), [0.0, 0])
+                pair[0] += float(part.sum())
+                pair[1] += part.size
+    for element in sorted(sums):
+        yield chemical_symbols[element], sums[element][0] / sums[element][1]
+
+
+def _class_scores(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    target = np.concatenate([np.asarray(t, float) for t, _ in rows])
+    scores = np.concatenate([o.reshape(len(t), -1) for t, o in rows])
+    known = np.isfinite(target)
+    if not known.any():
+        return {}
+    truth, scores = target[known].astype(int), scores[known]
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    found: dict[str, Any] = {
+        "accuracy": float((scores.argmax(axis=1) == truth).mean()),
+        "cross_entropy": float(-logs[np.arange(len(truth)), truth].mean()),
+        "n": len(truth),
+        "unit": "",
+    }
+    if scores.shape[1] == 2 and 0 < truth.sum() < len(truth):
+        margin = scores[:, 1] - scores[:, 0]
+        wins = (margin[truth == 1][:, None] - margin[truth == 0][None, :] > 0).mean()
+        ties = (margin[truth == 1][:, None] == margin[truth == 0][None, :]).mean()
+        found["roc_auc"] = float(wins + ties / 2)
+    return found
+
+
+def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Model) -> ase.Atoms:
+    result = atoms.copy()
+    result.calc = None
+    for name in outputs:
+        result.info.pop(name, None)
+        if name in result.arrays and name not in ("numbers", "positions"):
+            del result.arrays[name]
+    standard = {}
+    for name, value in outputs.items():
+        classes = getattr(model.heads[name], "classes", 0) if name in model.heads else 0
+        store = result.arrays if model.per_atom(name) else result.info
+        if name in ("energy", "forces", "stress"):
+            if np.isfinite(value).all():
+                standard[name] = float(value) if name == "energy" else value
+        elif classes:
+            store[name] = value.argmax(axis=-1)
+            weights = np.exp(value - value.max(axis=-1, keepdims=True))
+            store[f"{name}_probabilities"] = weights / weights.sum(axis=-1, keepdims=True)
+        else:
+            store[name] = float(value) if value.ndim == 0 else value
+    if "stress" in standard:
+        standard["stress"] = full_3x3_to_voigt_6_stress(standard["stress"])
+    if standard:
+        result.calc = SinglePointCalculator(result, **standard)
+    return result
+
+
+def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) -> None:
+    """One line per structure: index, any id, formula and what there is per structure."""
+    ids = [key for key in ("id", "mbid", "material_id", "name") if any(key in a.info for a in results)]
+    names = [name for name in model.outputs if not model.per_atom(name)]
+    stress = ["stress_xx", "stress_yy", "stress_zz", "stress_yz", "stress_xz", "stress_xy"]
+    columns = [c for name in names for c in (stress if name == "stress" else [name])]
+    writer = csv.writer(file)
+    writer.writerow(["index", *ids, "formula", *columns])
+    for index, atoms in enumerate(results):
+        found = {**atoms.info, **(atoms.calc.results if atoms.calc is not None else {})}
+        if "stress" in found:
+            found |= dict(zip(stress, found["stress"], strict=True))
+        writer.writerow([index, *(found.get(i, "") for i in ids), atoms.get_chemical_formula(), *(found.get(c, "") for c in columns)])
+
+
+def _tell_unseen(model: Model, structures: Sequence[ase.Atoms], verbose: bool) -> None:
+    unseen = unseen_elements(model, np.unique(np.concatenate([a.numbers for a in structures] or [[]]).astype(int)))
+    if unseen and verbose:
+        console.print(f"[yellow]The model never saw {', '.join(unseen)}: predictions with these elements mean little[/yellow]")
+
+
+def unseen_elements(model: Model, numbers: np.ndarray) -> list[str]:
+    """Symbols of elements that are in none of the model's training structures."""
+    seen = model.card.get("elements", {})
+    return [chemical_symbols[int(z)] for z in np.unique(numbers) if chemical_symbols[int(z)] not in seen]

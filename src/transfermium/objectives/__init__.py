@@ -1,0 +1,8 @@
+"""What a model can be asked to learn, one objective per file."""
+
+from .base import Objective, Quantity
+from .denoise import Denoise
+from .potential import Potential
+from .property import Property
+
+__all__ = ["Denoise", "Objective", "Potential", "Property", "Quantity"]

@@ -1,0 +1,82 @@
+"""What every objective promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ase
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..graph import Batch, Sample
+from ..model import Output
+
+
+class Quantity(NamedTuple):
+    """What an output means: the quantity it was trained on and its unit."""
+
+    name: str
+    unit: str
+
+
+Loss = dict[str, tuple[Tensor, Tensor]]  # term -> (weighted sum, count of present labels)
+
+
+class Objective:
+    """What is to be learned: which outputs, from which view of a structure, by which loss.
+
+    A subclass keeps every constructor argument as an attribute of the same name.
+    """
+
+    def outputs(self, width: int) -> dict[str, Output]:
+        """Heads and their derivatives, on features of this width."""
+        raise NotImplementedError
+
+    def labels(self) -> dict[str, bool]:
+        """Quantities wanted from the data, each with whether it must be there; none by default."""
+        return {}
+
+    def quantities(self) -> dict[str, Quantity]:
+        """What each output means; by default its own name, without unit."""
+        return {}
+
+    def settled(self, samples: Sequence[Sample]) -> Objective:
+        """This objective with every number that depends on the training data fixed; itself by default."""
+        return self
+
+    def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
+        """The structure as it is to be seen this time, with its targets; `atoms` stays as it is."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
+        """Each term as a weighted sum over present labels and their count."""
+        raise NotImplementedError
+
+
+def label(atoms: ase.Atoms, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The label called `name` as an array of this shape, NaN when the structure has none.
+
+    Looked for in `atoms.arrays`, `atoms.info` and the results of a calculator, in this order.
+    """
+    results = atoms.calc.results if atoms.calc is not None else {}
+    for place in (atoms.arrays, atoms.info, results):
+        if place.get(name) is not None:
+            try:
+                return np.asarray(place[name], float).reshape(shape)
+            except (TypeError, ValueError):
+                raise InputError(f"the label '{name}' is {place[name]!r}, but must be {_spelled(shape)}") from None
+    return np.full(shape, np.nan)
+
+
+def _spelled(shape: tuple[int, ...]) -> str:
+    return "a number" if np.prod(shape) == 1 else f"numbers of shape {shape}"
+
+
+def absolute_errors(output: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Weighted sum of |output - target| over the components that have a label, and their count."""
+    present = torch.isfinite(target)
+    errors = (output.double() - target)[present].abs()
+    return weight * errors.sum(), present.sum()

@@ -1,0 +1,95 @@
+"""Potential: energies, forces and stress (doi 10.1039/d3dd00214d)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ase
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError
+from ..graph import Batch, Sample
+from ..heads import EnergyHead, TensorHead, VectorHead, fit_references, isolated_energies, labelled_totals, rms, values
+from ..model import Gradient, Output, Strain
+from .base import Loss, Objective, Quantity, absolute_errors, label
+
+
+class Potential(Objective):
+    """A potential energy surface, by mean absolute errors of energy per atom, forces and stress.
+
+    Args:
+        energy, forces, stress: weights of the errors in eV/atom, eV/Å and eV/Å³. None weights a label that is found
+            by one over its RMS in the training set (energies: after per-element references) and leaves out one that is
+            not; zero leaves it out.
+        conservative: forces and stress are derivatives of the energy; otherwise they are outputs of their own heads.
+    """
+
+    def __init__(
+        self,
+        energy: float | None = None,
+        forces: float | None = None,
+        stress: float | None = None,
+        conservative: bool = True,
+    ):
+        for name, weight in {"energy": energy, "forces": forces, "stress": stress}.items():
+            if weight is not None and not 0 <= weight < np.inf:
+                raise InputError(f"the weight of {name} is {weight}, but must be zero or positive")
+        if energy == forces == stress == 0:
+            raise InputError("a potential with weight zero for energy, forces and stress has nothing to learn")
+        self.energy = energy
+        self.forces = forces
+        self.stress = stress
+        self.conservative = conservative
+
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """The weights that are not zero."""
+        all_three = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
+        return {name: weight for name, weight in all_three.items() if weight != 0}
+
+    def outputs(self, width: int) -> dict[str, Output]:
+        if self.conservative:
+            return {"energy": EnergyHead(width), "forces": Gradient("energy"), "stress": Strain("energy")}
+        heads = {"energy": EnergyHead(width), "forces": VectorHead(width), "stress": TensorHead(width)}
+        return {name: head for name, head in heads.items() if name in self.weights}
+
+    def labels(self) -> dict[str, bool]:
+        return {name: weight is not None for name, weight in self.weights.items()}
+
+    def quantities(self) -> dict[str, Quantity]:
+        units = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3"}
+        return {name: Quantity(name, unit) for name, unit in units.items()}
+
+    def settled(self, samples: Sequence[Sample]) -> Potential:
+        weights = {name: self._weight(name, samples) for name in ("energy", "forces", "stress")}
+        if not any(weights.values()):
+            raise InputError("no structure has an energy, forces or a stress: name their keys with --label energy=KEY")
+        return Potential(**weights, conservative=self.conservative)
+
+    def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
+        shapes = {"energy": (1,), "forces": (len(atoms), 3), "stress": (1, 3, 3)}
+        return Sample(atoms, {name: label(atoms, name, shapes[name]) for name in self.weights})
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
+        terms = {}
+        for name, weight in self.weights.items():
+            output, target = outputs[name].double(), batch.targets[name]
+            if name == "energy":
+                size = batch.graph.atoms_per_system().clamp(min=1)
+                output, target = output / size, target / size
+            terms[name] = absolute_errors(output, target, 1.0 if weight is None else weight)
+        return terms
+
+    def _weight(self, name: str, samples: Sequence[Sample]) -> float:
+        given = {"energy": self.energy, "forces": self.forces, "stress": self.stress}[name]
+        if given is not None:
+            return given
+        if name == "energy":
+            numbers, energies = labelled_totals(name, samples)
+            if len(energies) == 0:
+                return 0.0
+            references = fit_references(numbers, energies, isolated_energies(name, samples))
+            return 1 / rms(np.array([(e - references[z].sum()) / len(z) for z, e in zip(numbers, energies, strict=True)]))
+        found = values(name, samples)
+        return 1 / rms(found) if len(found) else 0.0

@@ -1,0 +1,398 @@
+"""The one training loop, a generator: pre-training and fine-tuning alike."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ase
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data.load import VALIDATION, Batches, count_edges, plan, training_batches
+from .errors import InputError
+from .model import Model, read_tensors, write_tensors, write_whole
+from .objectives import Objective
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        steps: optimiser steps at most; 1000 when neither steps nor time is given.
+        time: wall-clock time at most, such as "90s", "10min" or "2h"; whichever ends first ends the run.
+        lr: peak learning rate, after a linear warm-up and before a cosine decay.
+        backbone_lr: peak learning rate of the backbone; zero freezes it, None is the same as lr.
+        weight_decay: of AdamW.
+        warmup: fraction of the run in which the learning rate rises.
+        ema: decay of the averaged weights, which are what is validated and returned; zero keeps no average.
+        clip: largest norm of the gradient.
+        edges: most edges in a batch.
+        validate_every: steps between validations; None makes twenty of them.
+        patience: validations without improvement before the run stops; None never stops early.
+        seed: of weights, split, order and noise.
+        workers: processes that prepare batches.
+        device: "auto" is CUDA where there is one, else the CPU.
+        dtype: of the weights.
+    """
+
+    steps: int | None = None
+    time: str | None = None
+    lr: float = 1e-3
+    backbone_lr: float | None = None
+    weight_decay: float = 1e-5
+    warmup: float = 0.05
+    ema: float = 0.999
+    clip: float = 10.0
+    edges: int = 10_000
+    validate_every: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip", "edges"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be above zero")
+        for name in ("steps", "backbone_lr", "weight_decay", "seed", "workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if not (0 <= self.warmup < 1 and 0 <= self.ema < 1):
+            raise InputError("warmup and ema are fractions: zero or more, and below one")
+        if self.seconds is not None and self.seconds <= 0:
+            raise InputError(f"time is '{self.time}', but must be above zero")
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.time is None else parse_time(self.time)
+
+    @property
+    def n_steps(self) -> float:
+        """Steps at most; infinite where only time bounds the run."""
+        if self.steps is not None:
+            return self.steps
+        return 1000 if self.time is None else math.inf
+
+
+class Progress(NamedTuple):
+    """One optimiser step."""
+
+    step: int  # steps done
+    fraction: float  # of the run, by steps or by time
+    loss: float
+    terms: dict[str, float]  # weighted mean errors of this batch
+    lr: float
+    valid: float | None  # validation loss, where this step was validated
+    best: float | None
+    elapsed: float  # seconds, earlier parts of a resumed run included
+
+
+def train(
+    model: Model,
+    objective: Objective,
+    structures: Sequence[ase.Atoms],
+    config: TrainConfig | None = None,
+    *,
+    valid: Sequence[ase.Atoms] = (),
+    out: Path | None = None,
+    save_every: float = 30.0,
+    counting: Callable[[int], None] = lambda done: None,
+) -> Iterator[Progress]:
+    """Train `model` in place, one optimiser step per item; after the last one it holds its best weights.
+
+    The best are those with the lowest loss on `valid`, the weights at the start included; without `valid` they are the
+    last. With `out`, metrics are written there, and a run that was stopped goes on where it last saved its state: on a
+    CPU the result is bit for bit that of an uninterrupted run bounded by steps.
+
+    Args:
+        model: calibrated already.
+        objective: settled already, so that its weights are numbers.
+        structures: with labels at their canonical places.
+        save_every: seconds between saved states.
+        counting: told how many structures have had their neighbours counted.
+    """
+    config = config or TrainConfig()
+    run = _Run(model, objective, structures, config, valid, out, counting)
+    return run.progress(save_every)
+
+
+def evaluate_loss(model: Model, batches: Batches, members: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean weighted error of each term over all batches, with fixed noise."""
+    sums: dict[str, list[float]] = {}
+    for part in members:
+        batch = batches[0, part].to(device_of(model))
+        terms = batches.objective.loss(model(batch.graph, batch.targets), batch)
+        for name, (total, count) in terms.items():
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(total.detach())
+            pair[1] += float(count)
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def device_of(model: Model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def parse_time(text: str) -> float:
+    """Seconds of "45", "45s", "10min" or "1.5h"."""
+    for suffix, unit in (("min", 60.0), ("h", 3600.0), ("s", 1.0), ("", 1.0)):
+        number = text.strip().removesuffix(suffix) if text.strip().endswith(suffix) else None
+        try:
+            return float(number) * unit  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            continue
+    raise InputError(f"'{text}' is not a time: write 90s, 10min or 2h")
+
+
+class _Run:
+    """Everything that changes during training, and how it is saved and restored."""
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        structures: Sequence[ase.Atoms],
+        config: TrainConfig,
+        valid: Sequence[ase.Atoms],
+        out: Path | None,
+        counting: Callable[[int], None],
+    ):
+        if len(structures) == 0:
+            raise InputError("there is no structure to train on")
+        self.model = model.to(chosen_device(config.device), getattr(torch, config.dtype))
+        self.config = config
+        self.out = out
+
+        edges = model.backbone.edges
+        self.counts = count_edges(structures, edges, counting)
+        self.batches = Batches(structures, objective, edges, config.seed)
+        self.valid = Batches(valid, objective, edges, config.seed, VALIDATION)
+        valid_counts = count_edges(valid, edges)
+        self.valid_members = plan(valid_counts, config.edges, np.arange(len(valid)))
+
+        self.groups = self._parameter_groups()
+        self.trained = [p for group in self.groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=config.weight_decay)
+        self.average = [p.detach().clone() for p in self.trained]
+        self.best_weights = [p.detach().clone() for p in self.trained]
+        self.best: float | None = None
+        self.step = 0
+        self.elapsed = 0.0
+        self.unimproved = 0
+        self.finished = False
+
+    def progress(self, save_every: float) -> Iterator[Progress]:
+        self._restore()
+        metrics = Metrics(self.out, self.step)
+        start = saved = time.monotonic()
+        before = self.elapsed
+        if self.step == 0 and self.best is None:
+            self._validate()
+            if self.best is not None:
+                metrics.write({"step": 0, "valid": self.best})
+
+        stream = training_batches(self.batches, self.counts, self.config.edges, self.step, self.config.workers)
+        while not self.finished and (fraction := self._fraction()) < 1:
+            epoch, members, batch = next(stream)
+            lr = self._set_learning_rates(fraction)
+            loss, terms = self._optimise(batch, members)
+            self.step += 1
+            self.elapsed = before + time.monotonic() - start
+
+            fraction = min(self._fraction(), 1.0)
+            valid = self._validate() if self._validation_is_due(fraction) else None
+            row = {"step": self.step, "epoch": epoch, "lr": lr, **terms, "valid": valid}
+            metrics.write({**row, "elapsed": round(self.elapsed, 3)})
+            self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
+            if fraction >= 1 or self.finished or time.monotonic() - saved > save_every:
+                self._save()
+                saved = time.monotonic()
+            yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed)
+
+        metrics.close()
+        chosen = self.average if self.best is None else self.best_weights
+        self._load_weights(chosen)
+        self.model.eval()
+
+    def _optimise(self, batch: Any, members: np.ndarray) -> tuple[float, dict[str, float]]:
+        self.model.train()
+        batch = batch.to(device_of(self.model))
+        terms = self.batches.objective.loss(self.model(batch.graph, batch.targets), batch)
+        means = {name: total / count for name, (total, count) in terms.items() if count}
+        if not means:  # no label in this batch: nothing to learn from it
+            return math.nan, {}
+        loss = torch.stack(list(means.values())).sum()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss is not finite at step {self.step + 1}, for structures {members.tolist()} of the training set: "
+                "look at their labels, or lower lr"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
+        self.optimizer.step()
+        self._update_average()
+        return float(loss.detach()), {name: float(value.detach()) for name, value in means.items()}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        t = self.step + 1
+        decay = min(self.config.ema, (1 + t) / (10 + t)) if self.config.ema else 0.0
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
+
+    def _fraction(self) -> float:
+        by_steps = self.step / self.config.n_steps if self.config.n_steps else 1.0
+        seconds = self.config.seconds
+        return max(by_steps, 0.0 if seconds is None else self.elapsed / seconds)
+
+    def _set_learning_rates(self, fraction: float) -> float:
+        warmup = self.config.warmup
+        if fraction < warmup:
+            factor = max(fraction, 1 / 1000) / warmup
+        else:
+            factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return self.config.lr * factor
+
+    def _validation_is_due(self, fraction: float) -> bool:
+        if not self.valid_members:
+            return False
+        if fraction >= 1:
+            return True
+        every = self.config.validate_every
+        if every is None:
+            every = max(int(self.config.n_steps) // 20, 1) if math.isfinite(self.config.n_steps) else 50
+        return self.step % every == 0
+
+    def _validate(self) -> float | None:
+        """Loss of the averaged weights on the validation set; they are kept when it is the lowest so far."""
+        if not self.valid_members:
+            return None
+        current = [p.detach().clone() for p in self.trained]
+        self._load_weights(self.average)
+        self.model.eval()
+        loss = sum(evaluate_loss(self.model, self.valid, self.valid_members).values())
+        self._load_weights(current)
+
+        if self.best is None or loss < self.best:
+            self.best, self.unimproved = loss, 0
+            self.best_weights = [a.clone() for a in self.average]
+        else:
+            self.unimproved += 1
+        return loss
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        config, backbone = self.config, {id(p) for p in self.model.backbone.parameters()}
+        backbone_lr = config.lr if config.backbone_lr is None else config.backbone_lr
+        for p in self.model.backbone.parameters():
+            p.requires_grad_(backbone_lr > 0)
+        groups = [
+            {"params": [p for p in self.model.parameters() if id(p) in backbone and p.requires_grad], "peak": backbone_lr},
+            {"params": [p for p in self.model.parameters() if id(p) not in backbone], "peak": config.lr},
+        ]
+        return [{**group, "lr": 0.0} for group in groups if group["params"]]
+
+    @torch.no_grad()
+    def _load_weights(self, weights: Sequence[Tensor]) -> None:
+        for p, w in zip(self.trained, weights, strict=True):
+            p.copy_(w)
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        adam = [self.optimizer.state.get(p, {}) for p in self.trained]
+        lists = {
+            "weights": self.trained,
+            "average": self.average,
+            "best": self.best_weights,
+            "first": [a.get("exp_avg", torch.zeros_like(p)) for a, p in zip(adam, self.trained, strict=True)],
+            "second": [a.get("exp_avg_sq", torch.zeros_like(p)) for a, p in zip(adam, self.trained, strict=True)],
+        }
+        tensors = {f"{name}.{i}": t.detach().cpu().clone() for name, ts in lists.items() for i, t in enumerate(ts)}
+        tensors["updates"] = torch.tensor([float(a.get("step", 0.0)) for a in adam], dtype=torch.float64)
+        numbers = {name: getattr(self, name) for name in ("step", "elapsed", "best", "unimproved", "finished")}
+        write_tensors(self.out / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
+
+    def _restore(self) -> None:
+        if self.out is None or not (self.out / "state.safetensors").exists():
+            return
+        tensors, metadata = read_tensors(self.out / "state.safetensors")
+        for name, value in json.loads(metadata["numbers"]).items():
+            setattr(self, name, value)
+        for i, p in enumerate(self.trained):
+            with torch.no_grad():
+                p.copy_(tensors[f"weights.{i}"])
+            self.average[i].copy_(tensors[f"average.{i}"])
+            self.best_weights[i].copy_(tensors[f"best.{i}"])
+            if tensors["updates"][i]:
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(float(tensors["updates"][i])),
+                    "exp_avg": tensors[f"first.{i}"].to(p.device),
+                    "exp_avg_sq": tensors[f"second.{i}"].to(p.device),
+                }
+
+
+class Metrics:
+    """One JSON object per step in metrics.jsonl; at the end of the run the same as a table in metrics.csv."""
+
+    def __init__(self, out: Path | None, step: int):
+        self.out = out
+        if out is None:
+            return
+        kept = [row for row in read_metrics(out) if row["step"] <= step] if step else []
+        write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.file = open(out / "metrics.jsonl", "a")  # noqa: SIM115
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self.out is None:
+            return
+        self.file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.out is None:
+            return
+        self.file.close()
+        rows = read_metrics(self.out)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.out / "metrics.csv", table.getvalue().encode())
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run so far; a last line that was cut off is left out."""
+    rows = []
+    path = out / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

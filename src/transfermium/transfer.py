@@ -1,0 +1,464 @@
+"""Pre-train, transfer, align: from structures to a model."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import ase
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+
+from . import __version__
+from .backbones import Backbone, TensorNet
+from .console import bar, console, table
+from .data.labels import Labelled, Labels, isolated_atoms, resolve
+from .data.load import CALIBRATION, rng_of
+from .data.read import read
+from .data.sequences import Subset
+from .data.split import Split, by_key, found_split_keys, split
+from .errors import InputError
+from .graph import Sample, to_batch
+from .heads import AtomHead, EnergyHead, Head, ScalarHead, VectorHead, fit_references, labelled_totals, values
+from .model import Model, copied, described, load
+from .objectives import Objective
+from .run import claim, fingerprint, write_json
+from .train import TrainConfig, chosen_device, device_of, read_metrics, train
+
+MOST_SAMPLES = 10_000  # structures that references and scales are fitted on
+
+Structures: TypeAlias = str | Path | Sequence[ase.Atoms] | Sequence[str | Path]
+
+
+def pretrain(
+    structures: Structures,
+    objective: Objective,
+    backbone: Backbone | None = None,
+    *,
+    out: str | Path | None = None,
+    valid: Structures | None = None,
+    valid_fraction: float = 0.1,
+    split_by: str = "auto",
+    split_key: str | None = None,
+    label: Mapping[str, str] | None = None,
+    unit: Mapping[str, str] | None = None,
+    verbose: bool = True,
+    **config: Any,
+) -> Model:
+    """Train a new model on any objective.
+
+    Args:
+        structures: files, folders or `ase.Atoms`.
+        objective: what to learn.
+        backbone: the architecture, TensorNet(64, 2) by default; its weights are drawn anew from `seed`.
+        out: run folder; the same call goes on where a killed one stopped, and returns at once when it had finished.
+        valid: structures that choose the checkpoint; by default a fraction of `structures`.
+        valid_fraction: that fraction; zero validates nothing and returns the last weights.
+        split_by: "auto", "random", "composition", "prototype" or an info key whose groups stay together.
+        split_key: info key that says where each structure belongs ("train", "valid"); see `transfermium.split`.
+        label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}.
+        unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
+        config: fields of `TrainConfig`.
+
+    Raises:
+        InputError: for data, labels or options that cannot be used.
+    """
+    settings = _train_config(config)
+    backbone = TensorNet() if backbone is None else backbone
+    data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
+
+    asked = {"verb": "pretrain", "backbone": described(backbone), **data.asked, "train": asdict(settings)}
+    folder = claim(out, asked)
+    if (finished := _finished(folder)) is not None:
+        return finished
+
+    samples = data.samples(objective)
+    settled = objective.settled(samples)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = Model(copied(backbone), settled.outputs(backbone.width))
+    for name, head in model.heads.items():
+        head.calibrate(name, samples)  # type: ignore[operator]
+    return _trained(model, settled, data, settings, folder, asked, history=[], report={}, verbose=verbose)
+
+
+def finetune(
+    base: str | Path | Model,
+    structures: Structures,
+    objective: Objective,
+    *,
+    out: str | Path | None = None,
+    align: bool = True,
+    valid: Structures | None = None,
+    valid_fraction: float = 0.1,
+    split_by: str = "auto",
+    split_key: str | None = None,
+    label: Mapping[str, str] | None = None,
+    unit: Mapping[str, str] | None = None,
+    verbose: bool = True,
+    **config: Any,
+) -> Model:
+    """Train a copy of `base` on new labels.
+
+    Heads that both objectives have are kept, others are new. Before the first step, the references of kept heads are
+    fitted again to the residuals (`align`), which is reported; apart from that, zero steps leave the base as it is.
+
+    Args:
+        base: a model or its file.
+        align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
+        config: fields of `TrainConfig`; `backbone_lr` is the learning rate of what is transferred: zero freezes it.
+
+    The other arguments, and what is raised, are those of `pretrain`.
+    """
+    settings = _train_config(config)
+    base = base if isinstance(base, Model) else load(base)
+    data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
+
+    identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
+    asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": asdict(settings)}
+    folder = claim(out, asked)
+    if (finished := _finished(folder)) is not None:
+        return finished
+
+    samples = data.samples(objective)
+    settled = objective.settled(samples)
+    model, kept = _transferred(base, settled, samples, settings.seed)
+    model.to(chosen_device(settings.device))
+    report: dict[str, Any] = {"kept heads": kept}
+    if align and kept:
+        report |= align_references(model, settled, samples, base.card.get("quantities", {}), kept)
+        if verbose:
+            _show_alignment(report)
+    return _trained(model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base)
+
+
+def align_references(
+    model: Model,
+    objective: Objective,
+    samples: Sequence[Sample],
+    was: Mapping[str, Any],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Fit the references of heads to the residuals of labels, in place, and say what changed.
+
+    An energy's references move per element, by ridge-regularised least squares; other heads move by one constant. The
+    scale of a head that was trained on another quantity (noise, say) is fitted first.
+
+    Args:
+        samples: with targets in the units of `objective`.
+        was: quantities that the outputs meant before: name to [name, unit].
+        names: of the heads.
+    """
+    report: dict[str, Any] = {}
+    meaning = objective.quantities()
+    for name in names:
+        head = model.heads[name]
+        before, now = was.get(name), meaning.get(name)
+        if isinstance(head, EnergyHead | VectorHead) and before and now and before[0] != now.name:
+            report.setdefault("scale", {})[name] = _fit_scale(model, head, name, samples)
+        if isinstance(head, EnergyHead):
+            report |= _shift_elements(model, head, name, samples)
+        elif isinstance(head, ScalarHead | AtomHead) and not getattr(head, "classes", 0):
+            predictions = _predictions(model, samples, name)
+            targets = np.concatenate([np.asarray(s.targets[name], float) for s in samples])
+            sizes = np.array([len(s.atoms) for s in samples]) if getattr(head, "pooling", "") == "sum" else 1
+            shift = float(np.nanmean((targets - predictions) / sizes))
+            head.shift += shift
+            report.setdefault("shift", {})[name] = shift
+    return report
+
+
+def _shift_elements(model: Model, head: EnergyHead, name: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    labelled = [s for s in samples if np.isfinite(s.targets.get(name, [np.nan])[0])]
+    if not labelled:
+        return {}
+    numbers, energies = labelled_totals(name, labelled)
+    residuals = energies - _predictions(model, labelled, name)
+    shift = fit_references(numbers, residuals, ridge=1e-4)
+    head.references += torch.from_numpy(shift).to(head.references.device)
+
+    composition = np.stack([np.bincount(z, minlength=len(shift)) for z in numbers])
+    present = np.flatnonzero(composition.any(axis=0))
+    return {
+        "reference shift (eV)": {chemical_symbols[z]: float(shift[z]) for z in present},
+        "elements told apart": f"{np.linalg.matrix_rank(composition[:, present])} of {len(present)}",
+    }
+
+
+def _fit_scale(model: Model, head: EnergyHead | VectorHead, name: str, samples: Sequence[Sample]) -> float:
+    """Give the head the scale at which its vectors best fit the labelled forces; at least a tenth of their RMS."""
+    old = float(head.scale)
+    vectors = "forces" if isinstance(head, EnergyHead) else name
+    labels = values(vectors, samples)
+    if len(labels) and vectors in model.outputs:
+        predicted = _predictions(model, samples, vectors)
+        targets = np.concatenate([s.targets[vectors] for s in samples])
+        known = np.isfinite(targets).all(axis=1)
+        p, t = predicted[known], targets[known]
+        spread = float(np.square(p).mean()) or 1.0
+        slope = float((p * t).mean()) / spread
+        head.scale.fill_(old * max(slope, 0.1 * math.sqrt(float(np.square(t).mean()) / spread)))
+    else:
+        head.calibrate(name, samples)
+    return float(head.scale) / old
+
+
+@torch.no_grad()
+def _predictions(model: Model, samples: Sequence[Sample], name: str, size: int = 16) -> np.ndarray:
+    model.eval()
+    parts = []
+    for start in range(0, len(samples), size):
+        graph = to_batch(samples[start : start + size], model.backbone.edges).graph
+        parts.append(model(graph, [name])[name].double().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], seed: int) -> tuple[Model, list[str]]:
+    """A copy of the base with the objective's outputs, and the names of the heads that both have."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = copied(base.backbone)
+        model = Model(backbone, objective.outputs(backbone.width))
+    model.to(dtype=next(base.parameters()).dtype)
+
+    kept = [
+        name
+        for name, head in model.heads.items()
+        if name in base.heads and described(head) == described(base.heads[name])
+    ]
+    weights = base.state_dict()
+    shared = ("backbone.", "bond_vectors.", *(f"heads.{name}." for name in kept))
+    own = model.state_dict()
+    model.load_state_dict({**own, **{k: v for k, v in weights.items() if k.startswith(shared) and k in own}})
+    for name, head in model.heads.items():
+        if name not in kept:
+            head.calibrate(name, samples)  # type: ignore[operator]
+    return model, kept
+
+
+class _Data:
+    """Structures read, labelled, checked and split."""
+
+    def __init__(
+        self,
+        structures: Structures,
+        objective: Objective,
+        valid: Structures | None,
+        valid_fraction: float,
+        split_by: str,
+        split_key: str | None,
+        label: Mapping[str, str] | None,
+        unit: Mapping[str, str] | None,
+        seed: int,
+        verbose: bool,
+    ):
+        if not 0 <= valid_fraction < 1:
+            raise InputError(f"valid_fraction is {valid_fraction}, but must be zero or more and below one")
+        everything = read_structures(structures)
+        if len(everything) == 0:
+            raise InputError("there is no structure to train on")
+        self.labels = self._resolve(everything, objective, label, unit)
+        if verbose and self.labels.entries:
+            console.print(self.labels.table())
+
+        labelled = Labelled(everything, self.labels)
+        lone = set(isolated_atoms(everything))
+        members = np.array([i for i in range(len(everything)) if i not in lone])
+        if len(members) == 0:
+            raise InputError("all structures are isolated atoms: there is nothing else to train on")
+        self.isolated = [labelled[i] for i in sorted(lone)]
+
+        rest = Subset(labelled, members)
+        self.split = self._split(rest, valid, valid_fraction, split_by, split_key, seed)
+        self.train: Sequence[ase.Atoms] = Subset(rest, self.split.train)
+        self.valid: Sequence[ase.Atoms] = Subset(rest, self.split.valid)
+        if valid is not None:
+            others = read_structures(valid)
+            self.valid = Labelled(others, self._resolve(others, objective, label, unit))
+        if verbose:
+            self._tell(rest, valid is None, split_key)
+        self.asked = {
+            "objective": described(objective),
+            "data": fingerprint(labelled),
+            "valid": {"fraction": valid_fraction, "by": split_by, "key": split_key} if valid is None else fingerprint(self.valid),
+            "labels": self.labels.to_json(),
+        }
+
+    def samples(self, objective: Objective) -> list[Sample]:
+        """What the objective sees of the training structures, for fitting references and scales."""
+        picked = np.unique(np.linspace(0, len(self.train) - 1, min(len(self.train), MOST_SAMPLES)).astype(int))
+        chosen = [self.train[int(i)] for i in picked] + self.isolated
+        return [objective.prepare(atoms, rng_of(0, CALIBRATION, 0, i)) for i, atoms in enumerate(chosen)]
+
+    def _resolve(
+        self,
+        structures: Sequence[ase.Atoms],
+        objective: Objective,
+        label: Mapping[str, str] | None,
+        unit: Mapping[str, str] | None,
+    ) -> Labels:
+        wanted = objective.labels()
+        named = {**(label or {}), **(unit or {})}
+        for name in named:
+            if name not in wanted:
+                raise InputError(f"'{name}' is not a label of this objective, which has {', '.join(wanted) or 'none'}")
+        optional = [name for name, needed in wanted.items() if not needed and name not in named]
+        return resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
+
+    def _split(
+        self,
+        structures: Sequence[ase.Atoms],
+        valid: Structures | None,
+        fraction: float,
+        by: str,
+        key: str | None,
+        seed: int,
+    ) -> Split:
+        everyone, nobody = np.arange(len(structures)), np.zeros(0, int)
+        if valid is not None:
+            return Split(everyone, nobody, by="given", reason="validation structures were given")
+        if key is not None:
+            return by_key(structures, key)
+        if fraction == 0 or len(structures) == 1:
+            return Split(everyone, nobody, by="none", reason="nothing is validated")
+        return split(structures, fraction, by=by, seed=seed)
+
+    def _tell(self, structures: Sequence[ase.Atoms], own: bool, split_key: str | None) -> None:
+        parts = f"{len(self.train)} to train on, {len(self.valid)} to validate"
+        lone = f", {len(self.isolated)} isolated atoms as references" if self.isolated else ""
+        console.print(f"{parts}{lone} ({self.split.reason})" if own else f"{parts}{lone}")
+        found = found_split_keys(structures)
+        if found and split_key is None:
+            keys = ", ".join(found)
+            console.print(f"[dim]The data has split keys that are not used: {keys} (use one with --split-key)[/dim]")
+
+
+def _trained(
+    model: Model,
+    objective: Objective,
+    data: _Data,
+    config: TrainConfig,
+    folder: Path | None,
+    asked: Mapping[str, Any],
+    history: Sequence[Any],
+    report: Mapping[str, Any],
+    verbose: bool,
+    base: Model | None = None,
+) -> Model:
+    """Run the loop, fill the card, write the run folder."""
+    if folder is not None:
+        write_json(folder / "labels.json", data.labels.to_json())
+        data.split.save(folder / "split.json")
+
+    last = None
+    with bar(quiet=not verbose) as bars:
+        counting = bars.add_task("finding neighbours", total=len(data.train), note="")
+        task = bars.add_task("training", total=1.0, note="", start=False)
+        progress = train(
+            model, objective, data.train, config, valid=data.valid, out=folder,
+            counting=lambda done: bars.update(counting, completed=done),
+        )  # fmt: skip
+        bars.remove_task(counting)
+        for last in progress:
+            bars.start_task(task)
+            best = "" if last.best is None else f" · best validation {last.best:.4g}"
+            bars.update(task, completed=last.fraction, note=f"step {last.step} · loss {last.loss:.4g}{best}")
+
+    stage = {
+        "verb": asked["verb"],
+        "objective": described(objective),
+        "data": asked["data"],
+        "structures": len(data.train),
+        "validation structures": len(data.valid),
+        "steps": last.step if last else _steps_done(folder),
+        "seconds": round(last.elapsed, 1) if last else None,
+        "best validation loss": last.best if last else None,
+        "alignment": dict(report),
+        "transfermium": __version__,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    model.card = _card(model, objective, data, [*history, stage], base)
+    model.to("cpu")
+    if folder is not None:
+        model.save(folder / "model.safetensors")
+    return model.eval()
+
+
+def _card(model: Model, objective: Objective, data: _Data, history: list[Any], base: Model | None) -> dict[str, Any]:
+    seen: Counter[str] = Counter()
+    levels: Counter[str] = Counter()
+    for atoms in (*data.train, *data.isolated):
+        seen.update(chemical_symbols[z] for z in atoms.numbers)
+        levels.update([str(atoms.info["level"])] if "level" in atoms.info else [])
+    earlier = base.card.get("elements", {}) if base is not None else {}
+
+    quantities = {name: list(q) for name, q in objective.quantities().items() if name in model.outputs}
+    for entry in data.labels.entries:
+        if entry.quantity in quantities and entry.unit:
+            quantities[entry.quantity][1] = entry.unit
+    energies = [head for head in model.heads.values() if isinstance(head, EnergyHead)]
+    references = energies[0].references.tolist() if energies else []
+    return {
+        "objective": described(objective),
+        "quantities": quantities,
+        "labels": data.labels.to_json(),
+        "levels": dict(levels),
+        "elements": {symbol: int(n) for symbol, n in (Counter(earlier) + seen).items()},
+        "elements in last stage": sorted(seen),
+        "references (eV)": {chemical_symbols[z]: e for z, e in enumerate(references) if e},
+        "history": history,
+        "metrics": {"validation loss": history[-1]["best validation loss"]},
+    }
+
+
+def _show_alignment(report: Mapping[str, Any]) -> None:
+    for name, factor in report.get("scale", {}).items():
+        console.print(f"Alignment: the scale of '{name}' was fitted to the labels (×{factor:.3g})")
+    for name, shift in report.get("shift", {}).items():
+        console.print(f"Alignment: '{name}' was shifted by {shift:.4g}")
+    shifts = report.get("reference shift (eV)")
+    if shifts:
+        rows = [{"element": symbol, "shift (eV)": f"{value:+.3f}"} for symbol, value in shifts.items()]
+        console.print(table(f"Alignment: reference energies, {report['elements told apart']} elements told apart", rows))
+
+
+def _train_config(options: Mapping[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig(**options)
+    except TypeError as error:
+        raise InputError(f"{str(error).split('__init__() ')[-1]}: TrainConfig lists the options of a run") from None
+
+
+def read_structures(structures: Structures) -> Sequence[ase.Atoms]:
+    if isinstance(structures, str | Path):
+        return read(structures)
+    if len(structures) and isinstance(structures[0], str | Path):
+        return read(*structures)  # type: ignore[arg-type]
+    return structures  # type: ignore[return-value]
+
+
+def _finished(folder: Path | None) -> Model | None:
+    if folder is None or not (folder / "model.safetensors").exists():
+        return None
+    return load(folder / "model.safetensors")
+
+
+def _steps_done(folder: Path | None) -> int:
+    rows = read_metrics(folder) if folder is not None else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def _weights_fingerprint(model: Model) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
