@@ -61,7 +61,7 @@ class Batches(Dataset[Batch]):
         self.seed = seed
         self.kind = kind
 
-    def __getitem__(self, address: tuple[int, np.ndarray]) -> Batch:  # type: ignore[override]
+    def __getitem__(self, address: tuple[int, np.ndarray]) -> Batch:
         epoch, members = address
         samples = []
         for index in members:

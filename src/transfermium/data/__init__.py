@@ -1,0 +1,27 @@
+"""From files to labelled, split and packed structures."""
+
+from .labels import Label, Labelled, Labels, available, isolated_atoms, resolve
+from .pack import PackedSet, is_packed, pack
+from .read import read
+from .sequences import Joined, Subset
+from .split import Split, by_key, found_split_keys, nested, split
+
+__all__ = [
+    "Joined",
+    "Label",
+    "Labelled",
+    "Labels",
+    "PackedSet",
+    "Split",
+    "Subset",
+    "available",
+    "by_key",
+    "found_split_keys",
+    "is_packed",
+    "isolated_atoms",
+    "nested",
+    "pack",
+    "read",
+    "resolve",
+    "split",
+]

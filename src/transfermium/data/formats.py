@@ -1,0 +1,256 @@
+"""One file of any format and compression → the structures in it."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import shutil
+import sqlite3
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers
+from ase.io.extxyz import read_xyz
+
+from ..errors import InputError
+
+COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+
+def read_file(path: Path) -> list[Atoms]:
+    """Read every structure of a file: extended XYZ, ASE databases, JSON, or whatever `ase.io.read` knows.
+
+    Empty, truncated or unparsable files and structures that make no sense (no atoms, no element, positions
+    that are not finite, a periodic cell without volume) raise an `InputError` naming file and structure.
+    """
+    try:
+        structures = list(_parse(path))
+    except InputError:
+        raise
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: the compressed file is damaged or cut short ({error}); copy it again") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: this is not text ({error}); check the format") from error
+    except Exception as error:  # parsers of 80 formats raise everything there is
+        kind = type(error).__name__
+        raise InputError(f"{path}: cannot be read ({kind}: {error}); is it complete, is its ending right?") from error
+
+    if not structures:
+        raise InputError(f"{path}: no structures in this file")
+    for index, atoms in enumerate(structures):
+        _tidy(atoms, f"{path}: structure {index}")
+        check(atoms, f"{path}: structure {index}")
+    return structures
+
+
+def check(atoms: Atoms, where: str) -> None:
+    """Refuse a structure that no model can be trained on; the message starts with `where`."""
+    if len(atoms) == 0:
+        raise InputError(f"{where} has no atoms; remove it")
+    if not (atoms.numbers > 0).all():
+        raise InputError(f"{where}: atom {int(np.argmin(atoms.numbers > 0))} has no element (X); remove dummy atoms")
+    if not np.isfinite(atoms.positions).all():
+        atom = int(np.argmin(np.isfinite(atoms.positions).all(axis=1)))
+        raise InputError(f"{where}: the position of atom {atom} is not finite; remove the structure")
+    if not np.isfinite(atoms.cell.array).all():
+        raise InputError(f"{where}: the cell is not finite; remove the structure")
+
+    periodic = atoms.cell.array[atoms.pbc]
+    if len(periodic):
+        extents = np.linalg.svd(periodic, compute_uv=False)
+        if extents[-1] <= 1e-8 * extents[0]:
+            raise InputError(f"{where} is periodic but its cell has no volume; give a cell or set pbc to F")
+
+
+def plain_name(path: Path) -> str:
+    """The name of a file without the ending of its compression."""
+    return path.stem if path.suffix.lower() in COMPRESSIONS else path.name
+
+
+def _parse(path: Path) -> Iterator[Atoms]:
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+
+    name = plain_name(path)
+    suffix = Path(name).suffix.lower()
+    if suffix in {".xyz", ".extxyz"}:
+        yield from _xyz_frames(path)
+    elif suffix == ".json":
+        yield from _json_structures(path)
+    elif path.suffix.lower() in COMPRESSIONS:
+        with tempfile.TemporaryDirectory() as folder:  # databases and trajectories need a real file
+            plain = Path(folder) / name
+            with COMPRESSIONS[path.suffix.lower()](path, "rb") as source, plain.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            yield from _parse_plain(plain, suffix)
+    else:
+        yield from _parse_plain(path, suffix)
+
+
+def _parse_plain(path: Path, suffix: str) -> Iterator[Atoms]:
+    if suffix == ".db":
+        yield from _database(path)
+    else:
+        yield from ase.io.read(path, index=":")
+
+
+def _xyz_frames(path: Path) -> Iterator[Atoms]:
+    """Hand ASE one frame at a time.
+
+    Given the whole file, ASE seeks in it (quadratically slow when compressed) and stops without a word at a blank line.
+    """
+    with _open_text(path) as lines:
+        index = 0
+        line = lines.readline()
+        while line:
+            if not line.strip():
+                line = lines.readline()
+                continue
+
+            if not line.strip().isdecimal():
+                raise InputError(
+                    f"{path}: structure {index} should begin with its number of atoms, not with "
+                    f"{line.strip()[:40]!r}; is the structure before it complete?"
+                )
+            n_atoms = int(line)
+            frame = [line, *(lines.readline() for _ in range(n_atoms + 1))]
+            if not frame[-1]:
+                raise InputError(f"{path}: structure {index} is cut short, its {n_atoms} atoms are not all there")
+            line = lines.readline()
+            while line.lstrip().startswith("VEC"):  # cell vectors in the way of ADF
+                frame.append(line)
+                line = lines.readline()
+
+            try:
+                yield next(read_xyz(io.StringIO("".join(frame)), 0))
+            except Exception as error:
+                kind = type(error).__name__
+                raise InputError(f"{path}: structure {index} cannot be read ({kind}: {error})") from error
+            index += 1
+
+
+def _open_text(path: Path) -> Any:
+    return COMPRESSIONS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig")
+
+
+def _database(path: Path) -> Iterator[Atoms]:
+    """Rows of an ASE database; key-value pairs and data of a row become info."""
+    try:
+        for row in ase.db.connect(str(path), use_lock_file=False).select():
+            atoms = row.toatoms()
+            atoms.info.update(row.key_value_pairs)
+            atoms.info.update(row.data)
+            yield atoms
+    except sqlite3.Error as error:
+        raise InputError(f"{path}: not a sound ASE database ({error})") from error
+
+
+def _json_structures(path: Path) -> Iterator[Atoms]:
+    """Pymatgen structures, MatBench tables, or an ASE database in JSON."""
+    with _open_text(path) as file:
+        content = json.load(file)
+
+    if isinstance(content, dict) and "ids" in content and "nextid" in content:
+        if path.suffix.lower() in COMPRESSIONS:
+            raise InputError(f"{path}: decompress this ASE database first")
+        yield from _database(path)
+        return
+
+    for index, record in enumerate(_records(content, path)):
+        yield _record_atoms(record, f"{path}: structure {index}")
+
+
+def _records(content: Any, path: Path) -> list[dict[str, Any]]:
+    """Bring every supported layout to a list of records {"structure": ..., other columns}."""
+    if isinstance(content, dict):
+        if "sites" in content:
+            return [{"structure": content}]
+        if "structure" in content:
+            return [content]
+        if "structures" in content:
+            return _records(content["structures"], path)
+        if {"index", "columns", "data"} <= content.keys():  # a table as pandas and MatBench write it
+            columns = ["index" if column is None else str(column) for column in content["columns"]]
+            if "structure" not in columns:
+                raise InputError(f"{path}: the table has no column 'structure', only {', '.join(columns)}")
+            rows = zip(content["index"], content["data"], strict=True)
+            return [_identity(index) | dict(zip(columns, row, strict=True)) for index, row in rows]
+    if isinstance(content, list) and all(isinstance(item, dict) for item in content):
+        return [item if "structure" in item else {"structure": item} for item in content]
+    raise InputError(f"{path}: no pymatgen structures, MatBench table or ASE database in this JSON file")
+
+
+def _identity(index: Any) -> dict[str, Any]:
+    return {"mbid": index} if isinstance(index, str) else {}  # MatBench names its index so; a bare count says nothing
+
+
+def _record_atoms(record: Mapping[str, Any], where: str) -> Atoms:
+    """Build the structure of a record; numbers, text and lists beside it become info."""
+    structure = record["structure"]
+    if not isinstance(structure, dict) or "sites" not in structure:
+        raise InputError(f"{where} is not a pymatgen structure: it has no 'sites'")
+
+    try:
+        atoms = _atoms(structure, where)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} is not a pymatgen structure ({type(error).__name__}: {error})") from error
+
+    extra = {key: value for key, value in record.items() if key != "structure" and not key.startswith("@")}
+    for key, value in ((structure.get("properties") or {}) | extra).items():
+        if value is not None and not isinstance(value, dict):
+            atoms.info[key] = np.array(value) if isinstance(value, list) else value
+    return atoms
+
+
+def _atoms(structure: Mapping[str, Any], where: str) -> Atoms:
+    sites = structure["sites"]
+    lattice = structure.get("lattice")
+    numbers = [_element(site, f"{where}, site {index}") for index, site in enumerate(sites)]
+    if lattice is None:  # a molecule
+        atoms = Atoms(numbers, positions=[site["xyz"] for site in sites])
+    else:
+        cell = np.array(lattice["matrix"], dtype=float)
+        positions = [site["xyz"] if "abc" not in site else np.array(site["abc"]) @ cell for site in sites]
+        atoms = Atoms(numbers, positions=positions, cell=cell, pbc=lattice.get("pbc", True))
+
+    if structure.get("charge"):
+        atoms.info["charge"] = structure["charge"]
+    for key in sites[0].get("properties") or {}:
+        values = [(site.get("properties") or {}).get(key) for site in sites]
+        if key not in atoms.arrays and not any(isinstance(value, str) for value in values):
+            atoms.new_array(key, np.array(values, dtype=float))  # NaN where a site has none
+    return atoms
+
+
+def _element(site: Mapping[str, Any], where: str) -> int:
+    species = site["species"]
+    if len(species) != 1 or abs(species[0].get("occu", 1) - 1) > 1e-3:
+        raise InputError(f"{where} is disordered (partly or mixed occupied); replace it by ordered structures")
+    symbol = species[0]["element"]
+    symbol = {"D": "H", "T": "H"}.get(symbol, symbol)
+    if symbol not in atomic_numbers:
+        raise InputError(f"{where} holds {symbol!r}, which is no element")
+    return atomic_numbers[symbol]
+
+
+def _tidy(atoms: Atoms, where: str) -> None:
+    """Turn what ASE's CIF reader leaves behind into plain values, and refuse the disorder that it hides."""
+    occupancy = atoms.info.pop("occupancy", None)
+    if isinstance(occupancy, dict):
+        for shares in occupancy.values():
+            if len(shares) != 1 or abs(sum(shares.values()) - 1) > 1e-3:
+                raise InputError(f"{where} has a disordered site ({shares}); replace it by ordered structures")
+    if hasattr(atoms.info.get("spacegroup"), "no"):
+        atoms.info["spacegroup"] = int(atoms.info["spacegroup"].no)
+        atoms.info.pop("unit_cell", None)
+        atoms.arrays.pop("spacegroup_kinds", None)

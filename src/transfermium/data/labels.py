@@ -1,0 +1,516 @@
+"""Labels: found once under their many names, converted to our units, and shown in one table."""
+
+import difflib
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase import units as ase_units
+from ase.stress import voigt_6_to_full_3x3_stress
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InputError
+from ..graph import is_isolated_atom
+from .sequences import Lazy
+
+Place = Literal["info", "arrays", "calc"]
+Found = tuple[Place, str, Any]
+
+PREFIXES = ("REF_", "", "dft_", "DFT_")
+VIRIALS = tuple(f"{prefix}{name}" for prefix in PREFIXES for name in ("virials", "virial"))
+KEYS = {  # in order of preference
+    "energy": (*(f"{prefix}energy" for prefix in PREFIXES), "free_energy"),
+    "forces": tuple(f"{prefix}{name}" for prefix in PREFIXES for name in ("forces", "force")),
+    "stress": (*(f"{prefix}stress" for prefix in PREFIXES), *VIRIALS),
+}
+PLACES: dict[str, tuple[Place, ...]] = {
+    "energy": ("info", "calc"),
+    "forces": ("arrays", "calc", "info"),
+    "stress": ("info", "calc"),
+}
+UNITS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3"}
+PER_ATOM_RESULTS = {"forces", "stresses", "energies", "charges", "magmoms"}
+RESERVED = {"numbers", "positions"}
+NOTHING = {"", "nan", "none", "null", "na", "n/a"}
+
+ENERGIES = {
+    "eV": 1.0,
+    "meV": 1e-3,
+    "Ha": ase_units.Hartree,
+    "hartree": ase_units.Hartree,
+    "Ry": ase_units.Rydberg,
+    "rydberg": ase_units.Rydberg,
+    "kcal/mol": ase_units.kcal / ase_units.mol,
+    "kJ/mol": ase_units.kJ / ase_units.mol,
+}
+LENGTHS = {"Å": 1.0, "bohr": ase_units.Bohr, "nm": ase_units.nm}
+PRESSURES = {
+    **{f"{e}/{a}^3": x / y**3 for (e, x), (a, y) in product(ENERGIES.items(), LENGTHS.items())},
+    **{"GPa": ase_units.GPa, "MPa": 1e-3 * ase_units.GPa, "Pa": ase_units.Pascal, "kbar": 0.1 * ase_units.GPa},
+}
+FACTORS = {
+    "energy": ENERGIES | {f"{e}/atom": x for e, x in ENERGIES.items()},
+    "forces": {f"{e}/{a}": x / y for (e, x), (a, y) in product(ENERGIES.items(), LENGTHS.items())},
+    "stress": PRESSURES | ENERGIES,  # energies are for virials
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """One quantity: under which keys it was found, what it means, and its range in our units.
+
+    Attributes:
+        keys: (place, key, number of structures), in the order in which they are looked for.
+        per: "structure" or "atom".
+        unit: ours for energy, forces and stress; as declared, or empty, for any other property.
+        given_unit: the declared unit of the data; None means that nothing was declared, so `unit`.
+        factor: from the given unit to ours; an energy per atom is multiplied by the number of atoms, too.
+        count: of the `total` structures so many have this label.
+        minimum, maximum, rms: over all components; None for classes.
+        shape: of a value (per structure) or of a row (per atom).
+        classes: the words found, when the label is a word; such values stay words.
+        also_found: other accepted keys that were passed over because a preferred one was there.
+    """
+
+    quantity: str
+    keys: tuple[tuple[Place, str, int], ...]
+    per: Literal["structure", "atom"]
+    unit: str
+    given_unit: str | None
+    factor: float
+    count: int
+    total: int
+    minimum: float | None
+    maximum: float | None
+    rms: float | None
+    shape: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+    also_found: tuple[str, ...] = ()
+
+    def value(self, atoms: Atoms, where: str = "structure") -> Any:
+        """The label of a structure in our units: a float, an array or a word; None when it has none."""
+        for place, key, _ in self.keys:
+            raw = _get(atoms, place, key)
+            if not _is_missing(raw, nan=self.quantity not in KEYS):
+                if self.classes:
+                    return word(raw)
+                return _converted(atoms, self.quantity, (place, key, raw), self.given_unit, where)
+        return None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels a set of structures has and how to bring them to one place, name and unit."""
+
+    entries: tuple[Label, ...]
+
+    def __getitem__(self, quantity: str) -> Label:
+        for entry in self.entries:
+            if entry.quantity == quantity:
+                return entry
+        names = [entry.quantity for entry in self.entries]
+        raise InputError(f"no label {quantity!r}; there are {', '.join(names)}{_hint(quantity, names)}")
+
+    def __contains__(self, quantity: object) -> bool:
+        return any(entry.quantity == quantity for entry in self.entries)
+
+    def apply(self, atoms: Atoms, where: str = "structure") -> Atoms:
+        """A copy of a structure whose labels sit at `info[quantity]` or `arrays[quantity]` in our units.
+
+        What it lacks is absent; the calculator and the keys that were used are gone, all else is kept.
+        """
+        values = [(entry, entry.value(atoms, where)) for entry in self.entries]
+        labelled = atoms.copy()
+        for entry in self.entries:
+            for key in [entry.quantity, *(key for _, key, _ in entry.keys)]:
+                labelled.info.pop(key, None)
+                labelled.arrays.pop(key, None)
+        for entry, value in values:
+            if value is not None:
+                place = labelled.arrays if entry.per == "atom" else labelled.info
+                place[entry.quantity] = value
+        return labelled
+
+    def table(self) -> Table:
+        """The manifest to be printed."""
+        table = Table(title="Labels")
+        for column in ("quantity", "key", "per", "unit"):
+            table.add_column(column)
+        for column in ("structures", "range", "rms"):
+            table.add_column(column, justify="right")
+        table.add_column("note")
+        for entry in self.entries:
+            cells = (
+                entry.quantity,
+                "\n".join(f"{key} ({place})" for place, key, _ in entry.keys),
+                entry.per,
+                entry.unit if entry.given_unit in (None, entry.unit) else f"{entry.given_unit} → {entry.unit}",
+                "\n".join(f"{n:,} of {entry.total:,}" for _, _, n in entry.keys),
+                _range(entry),
+                "" if entry.rms is None else f"{entry.rms:.4g}",
+                _note(entry),
+            )
+            table.add_row(*map(Text, cells))  # as they are: a key may look like markup
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain values; `from_json` is its inverse."""
+        return {"labels": [asdict(entry) for entry in self.entries]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Labels":
+        entries = []
+        for entry in content["labels"]:
+            lists = {name: tuple(entry[name]) for name in ("shape", "classes", "also_found")}
+            entries.append(Label(**{**entry, **lists, "keys": tuple(tuple(key) for key in entry["keys"])}))
+        return cls(tuple(entries))
+
+
+class Labelled(Lazy):
+    """Structures with their labels at the canonical places, made on access."""
+
+    def __init__(self, structures: Sequence[Atoms], labels: Labels):
+        self.structures = structures
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def at(self, index: int) -> Atoms:
+        return self.labels.apply(self.structures[index], f"structure {index}")
+
+
+def resolve(
+    structures: Sequence[Atoms],
+    wanted: Sequence[str],
+    *,
+    labels: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
+    optional: Collection[str] = (),
+) -> Labels:
+    """Find the wanted quantities in the structures, going through them once.
+
+    Energy, forces and stress are known by several keys; any other name is a property under that very key in `info`,
+    `arrays` or the results of a calculator. `labels` names the key of a quantity, `units` its unit in the data ("-kbar"
+    for pressures that are positive under compression). Quantities in `optional` may be found nowhere.
+
+    Raises:
+        InputError: for a quantity found nowhere, an unknown unit, or a value that cannot be such a quantity.
+    """
+    labels, units = dict(labels or {}), dict(units or {})
+    quantities = list(dict.fromkeys([*wanted, *optional]))
+    for option, names in (("label", labels), ("unit", units)):
+        for name in names:
+            if name not in quantities:
+                wants = ", ".join(quantities) or "nothing"
+                raise InputError(f"{option} {name!r} is not wanted here, only {wants}{_hint(name, quantities)}")
+    if RESERVED & set(quantities):
+        raise InputError("'numbers' and 'positions' are the structure itself and cannot be labels")
+
+    tallies = {
+        name: _Tally(name, (labels[name],) if name in labels else KEYS.get(name, (name,)), units.get(name))
+        for name in quantities
+    }
+    for index, atoms in enumerate(structures):
+        for tally in tallies.values():
+            tally.add(atoms, index)
+
+    for name, tally in tallies.items():
+        if not tally.count and (name not in optional or name in labels):
+            raise InputError(_not_found(structures, name, labels.get(name)))
+    return Labels(tuple(tally.label(len(structures)) for tally in tallies.values() if tally.count))
+
+
+def available(structures: Sequence[Atoms]) -> dict[str, tuple[str, int]]:
+    """Every key in the structures → (its place: info, arrays, calc; the number of structures that have it)."""
+    counts: Counter[str] = Counter()
+    places: dict[str, dict[str, None]] = {}
+    for atoms in structures:
+        here = _keys(atoms)
+        counts.update({key for _, key in here})
+        for place, key in here:
+            places.setdefault(key, {})[place] = None
+    return {key: ("+".join(places[key]), counts[key]) for key in sorted(counts)}
+
+
+def isolated_atoms(structures: Sequence[Atoms]) -> list[int]:
+    """Indices of the lone atoms that are marked `config_type=IsolatedAtom`."""
+    return [i for i, atoms in enumerate(structures) if is_isolated_atom(atoms)]
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+@dataclass
+class _Tally:
+    """What has been seen of one quantity so far."""
+
+    quantity: str
+    candidates: tuple[str, ...]
+    given_unit: str | None
+    count: int = 0
+    used: Counter[tuple[Place, str]] = field(default_factory=Counter)
+    others: Counter[tuple[Place, str]] = field(default_factory=Counter)
+    words: Counter[str] = field(default_factory=Counter)
+    texts: int = 0
+    first_text: str = ""  # where the first word was seen, and the first number with a fraction
+    first_fraction: str = ""
+    seen_as: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)  # (per, shape) → where first
+    numbers: int = 0
+    squares: float = 0.0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+
+    def __post_init__(self) -> None:
+        self.factor = factor(self.quantity, self.given_unit)
+
+    def add(self, atoms: Atoms, index: int) -> None:
+        found = _find(atoms, self.quantity, self.candidates)
+        if not found:
+            return
+        place, key, raw = found[0]
+        where = f"structure {index}"
+        self.count += 1
+        self.used[place, key] += 1
+        self.others.update((place, key) for place, key, _ in found[1:])
+
+        if self.quantity not in KEYS and isinstance(raw, str):
+            self.texts += 1
+            self.words[word(raw)] += 1
+            self.first_text = self.first_text or f"{where}: {key!r} is the text {raw!r}"
+            self._same("structure", (), where)
+            return
+
+        value = np.asarray(_converted(atoms, self.quantity, found[0], self.given_unit, where))
+        per = _per(self.quantity, place, key)
+        self._same(per, value.shape[per == "atom" :], where)
+        if self.quantity not in KEYS and value.ndim == 0:
+            if float(value).is_integer():
+                self.words[word(raw)] += 1
+            else:
+                self.first_fraction = self.first_fraction or f"{where} has {float(value):g}"
+        numbers = value[np.isfinite(value)]
+        self.numbers += numbers.size
+        self.squares += float((numbers**2).sum())
+        self.minimum = min(self.minimum, float(numbers.min()))
+        self.maximum = max(self.maximum, float(numbers.max()))
+
+    def _same(self, per: str, shape: tuple[int, ...], where: str) -> None:
+        self.seen_as.setdefault((per, shape), where)
+        if len(self.seen_as) > 1:
+            (first, there), (second, here) = list(self.seen_as.items())[:2]
+            raise InputError(
+                f"{self.quantity!r} is per {first[0]} with shape {first[1]} in {there}, "
+                f"but per {second[0]} with shape {second[1]} in {here}; name one key with a label"
+            )
+
+    def label(self, total: int) -> Label:
+        if self.texts and self.first_fraction:
+            raise InputError(f"{self.first_text} where a number is expected ({self.first_fraction}); correct it")
+        (per, shape) = next(iter(self.seen_as))
+        order = [(place, key) for key in self.candidates for place in _places(self.quantity)]
+        worded = self.texts > 0
+        return Label(
+            quantity=self.quantity,
+            keys=tuple((place, key, self.used[place, key]) for place, key in order if self.used[place, key]),
+            per="atom" if per == "atom" else "structure",
+            unit=UNITS.get(self.quantity, self.given_unit or ""),
+            given_unit=self.given_unit,
+            factor=self.factor,
+            count=self.count,
+            total=total,
+            minimum=None if worded else self.minimum,
+            maximum=None if worded else self.maximum,
+            rms=None if worded else math.sqrt(self.squares / self.numbers),
+            shape=shape,
+            classes=tuple(sorted(self.words)) if worded else (),
+            also_found=tuple(f"{key} ({place}, {n})" for (place, key), n in self.others.items()),
+        )
+
+
+def _range(entry: Label) -> str:
+    if entry.classes:
+        shown = ", ".join(entry.classes[:6]) + (", ..." if len(entry.classes) > 6 else "")
+        return f"{len(entry.classes)} classes: {shown}"
+    return f"{entry.minimum:.6g} ... {entry.maximum:.6g}"
+
+
+def _note(entry: Label) -> str:
+    notes = []
+    if any(key in VIRIALS for _, key, _ in entry.keys):
+        notes.append("stress = -virial/V")
+    if entry.also_found:
+        notes.append(f"also found: {', '.join(entry.also_found)}")
+    return "; ".join(notes)
+
+
+# ------------------------------------------------------------------------------------------------- finding
+
+
+def _places(quantity: str) -> tuple[Place, ...]:
+    return PLACES.get(quantity, ("info", "arrays", "calc"))
+
+
+def _per(quantity: str, place: Place, key: str) -> Literal["structure", "atom"]:
+    if quantity in UNITS:
+        return "atom" if quantity == "forces" else "structure"
+    return "atom" if place == "arrays" or (place == "calc" and key in PER_ATOM_RESULTS) else "structure"
+
+
+def _get(atoms: Atoms, place: Place, key: str) -> Any:
+    if place == "info":
+        return atoms.info.get(key)
+    if place == "arrays":
+        return None if key in RESERVED else atoms.arrays.get(key)
+    return atoms.calc.results.get(key) if atoms.calc is not None else None
+
+
+def _find(atoms: Atoms, quantity: str, keys: Sequence[str]) -> list[Found]:
+    """All values of a quantity that a structure has, the preferred one first."""
+    found = [(place, key, _get(atoms, place, key)) for key in keys for place in _places(quantity)]
+    return [item for item in found if not _is_missing(item[2], nan=quantity not in KEYS)]
+
+
+def _is_missing(raw: Any, nan: bool) -> bool:
+    """Whether a value stands for none; NaN does for a property, but is a mistake in an energy, forces or a stress."""
+    if raw is None or isinstance(raw, str):
+        return raw is None or raw.strip().lower() in NOTHING
+    if not nan:
+        return False
+    try:
+        return bool(np.isnan(np.asarray(raw, dtype=float)).all())
+    except (TypeError, ValueError):
+        return False
+
+
+def _keys(atoms: Atoms) -> list[tuple[Place, str]]:
+    results = atoms.calc.results if atoms.calc is not None else {}
+    groups: list[tuple[Place, Mapping[str, Any]]] = [("info", atoms.info), ("arrays", atoms.arrays), ("calc", results)]
+    return [(place, str(k)) for place, group in groups for k in group if k not in RESERVED and group[k] is not None]
+
+
+def _not_found(structures: Sequence[Atoms], quantity: str, key: str | None) -> str:
+    there = available(structures)
+    name = key if key is not None else quantity
+    shown = [
+        f"{k} ({n}, {'per atom' if place == 'arrays' or k in PER_ATOM_RESULTS else 'per structure'})"
+        for k, (place, n) in there.items()
+    ]
+    for_what = f" for {quantity!r}" if key is not None else ""
+    return (
+        f"no structure has {name!r}{for_what}; the {len(structures)} structures have "
+        f"{', '.join(shown) or 'no labels at all'}"
+        f"{'' if key is not None or not there else f'; name its key with label {quantity}=KEY'}{_hint(name, there)}"
+    )
+
+
+def _hint(name: str, names: Collection[str]) -> str:
+    lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(lower[match] for match in close)}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------- converting
+
+
+@cache
+def factor(quantity: str, unit: str | None) -> float:
+    """From a unit to ours; 1 for properties, whose units are only recorded.
+
+    A leading minus turns the sign of a stress. Raises an `InputError` that lists the units for an unknown one.
+    """
+    if unit is None or quantity not in FACTORS:
+        return 1.0
+    sign = -1.0 if quantity == "stress" and unit.strip().startswith("-") else 1.0
+    known = {_plain(name): value for name, value in FACTORS[quantity].items()}
+    if _plain(unit) not in known:
+        names = list(FACTORS[quantity])
+        shown = ", ".join(names[:12]) + ("" if len(names) <= 12 else ", ...")
+        raise InputError(f"unknown unit {unit!r} of {quantity}; known are {shown}{_hint(unit, names)}")
+    return sign * known[_plain(unit)]
+
+
+def _plain(unit: str) -> str:
+    """Spelling without case, spaces, signs and powers: "eV/Ang**3", "ev/Å³" and "-eV/A^3" are one."""
+    text = unicodedata.normalize("NFKC", unit).strip().removeprefix("-").lower()
+    for old, new in ((" ", ""), ("**", ""), ("^", ""), ("angstrom", "a"), ("ang", "a"), ("å", "a")):
+        text = text.replace(old, new)
+    return text
+
+
+def _converted(atoms: Atoms, quantity: str, found: Found, given_unit: str | None, where: str) -> Any:
+    """A value in our units: float for a single number, else a float64 array."""
+    place, key, raw = found
+    name = f"{where}: {key!r} ({place})"
+    try:
+        value = np.array(raw, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {str(raw)[:40]!r}, which is no number; correct it or leave it out") from error
+
+    if quantity not in KEYS:
+        return _property(atoms, value, _per(quantity, place, key), name)
+    if not np.isfinite(value).all():
+        raise InputError(f"{name} is not finite; correct it or remove the structure")
+    scale = factor(quantity, given_unit)
+    if quantity == "energy":
+        if value.size != 1:
+            raise InputError(f"{name} has shape {value.shape}, but an energy is one number per structure")
+        per_atom = given_unit is not None and _plain(given_unit).endswith("/atom")
+        return value.item() * scale * (len(atoms) if per_atom else 1)
+    if quantity == "forces":
+        if value.shape != (len(atoms), 3):
+            raise InputError(
+                f"{name} has shape {value.shape}, but the forces of {len(atoms)} atoms are {len(atoms)} × 3"
+            )
+        return value * scale
+    return _stress(atoms, value, key, given_unit, name) * scale
+
+
+def _stress(atoms: Atoms, value: np.ndarray, key: str, given_unit: str | None, name: str) -> np.ndarray:
+    """Symmetric 3 × 3 from Voigt order, 9 or 3 × 3 numbers; a virial becomes -virial/V."""
+    if value.shape == (6,):
+        value = voigt_6_to_full_3x3_stress(value)
+    elif value.shape == (9,):
+        value = value.reshape(3, 3)
+    if value.shape != (3, 3):
+        raise InputError(
+            f"{name} has shape {value.shape}, but a stress is 3 × 3, 9, or 6 in the order xx yy zz yz xz xy"
+        )
+    if np.abs(value - value.T).max() > 1e-2 * np.abs(value).max() + 1e-6:
+        raise InputError(f"{name} is not symmetric; is it really a stress, in the order xx xy xz yx ...?")
+    value = (value + value.T) / 2
+
+    is_virial = key.lower().endswith(("virial", "virials"))
+    if given_unit is not None and is_virial != (_plain(given_unit) in {_plain(unit) for unit in ENERGIES}):
+        kind = "a virial is an energy" if is_virial else "a stress is a pressure"
+        raise InputError(f"{name} cannot be in {given_unit!r}: {kind}")
+    if not is_virial:
+        return value
+    if atoms.cell.rank < 3:
+        raise InputError(f"{name} needs the volume of a cell to become a stress; give the cell or leave the virial out")
+    return -value / atoms.get_volume()
+
+
+def _property(atoms: Atoms, value: np.ndarray, per: str, name: str) -> Any:
+    if np.isinf(value).any():
+        raise InputError(f"{name} is infinite; correct it or leave it out")
+    if per == "structure":
+        return value.item() if value.size == 1 else value
+    if value.shape[:1] != (len(atoms),):
+        raise InputError(f"{name} has shape {value.shape}, but there are {len(atoms)} atoms")
+    return value[:, 0] if value.shape[1:] == (1,) else value
+
+
+def word(raw: Any) -> str:
+    """How a class, id or fold is written, the same for 3, 3.0 and "3"."""
+    if isinstance(raw, float | np.floating) and float(raw).is_integer():
+        return str(int(raw))
+    return str(raw)

@@ -1,0 +1,241 @@
+"""`read`: from files, folders and tables to a sequence of structures."""
+
+import csv as csv_format
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ase import Atoms
+
+from ..errors import InputError
+from .formats import check, plain_name, read_file
+from .sequences import Joined
+
+log = logging.getLogger(__name__)
+
+Source = str | Path | Atoms | Sequence["Source"] | Sequence[Atoms]
+Part = tuple[str, Sequence[Atoms]]  # where it came from, and what it is
+
+ENDINGS = {
+    ".cell", ".cif", ".con", ".contcar", ".db", ".extxyz", ".gen", ".json", ".pdb", ".poscar", ".res", ".sdf",
+    ".traj", ".vasp", ".xsf", ".xyz",
+}  # fmt: skip
+VASP = re.compile(r"(POSCAR|CONTCAR)[._-]?", re.IGNORECASE)
+MISSING = {"", "nan", "none", "null", "na", "n/a"}
+
+
+def read(*sources: Source, csv: str | Path | None = None) -> Sequence[Atoms]:
+    """Read structures from any number of sources and put them one after the other.
+
+    A source is a file (extended XYZ, ASE database, JSON of pymatgen structures, MatBench table, or anything that
+    `ase.io.read` knows; also compressed by gzip, xz or bzip2), a folder of such files, a folder of single structures
+    with a table of values (a CSV file in it, or `csv`), a packed set, structures in memory, or a list of sources.
+
+    Columns of the table become `atoms.info`: numbers as float, an empty cell as no entry. A packed set stays on disk.
+
+    Raises:
+        InputError: naming the file, the structure and the cause.
+    """
+    parts = list(_parts(sources, Path(csv) if csv is not None else None))
+    if not parts:
+        raise InputError("nothing to read: give files, folders or structures")
+    if csv is not None and not any(isinstance(part, _Table) for _, part in parts):
+        raise InputError(f"{csv}: a table of values belongs to a folder of structures; give that folder as the source")
+
+    structures = parts[0][1] if len(parts) == 1 else Joined([part for _, part in parts], [name for name, _ in parts])
+    if len(structures) == 0:
+        raise InputError("nothing to read: the sources hold no structures")
+    return structures
+
+
+class _Table(list[Atoms]):
+    """Structures that got their values from a table."""
+
+
+def _parts(source: object, csv: Path | None) -> Iterator[Part]:
+    if isinstance(source, str | Path):
+        yield from _path_parts(Path(source).expanduser(), csv)
+    elif isinstance(source, Atoms):
+        yield from _parts([source], csv)
+    elif isinstance(source, list | tuple) and source and all(isinstance(item, Atoms) for item in source):
+        for index, atoms in enumerate(source):
+            check(atoms, f"structure {index}")
+        yield "memory", source
+    elif isinstance(source, list | tuple):
+        for item in source:
+            yield from _parts(item, csv)
+    elif isinstance(source, Sequence):  # lazy: whoever made it has checked it
+        yield "memory", source
+    else:
+        raise InputError(f"cannot read from {type(source).__name__}: give paths, or structures in a list")
+
+
+def _path_parts(path: Path, csv: Path | None) -> Iterator[Part]:
+    if not path.exists():
+        raise InputError(_missing(path))
+    if path.is_file():
+        yield path.name, read_file(path)
+        return
+
+    from .pack import PackedSet, is_packed
+
+    if is_packed(path):
+        yield path.name, PackedSet.open(path)
+    else:
+        yield from _folder_parts(path, csv)
+
+
+def _missing(path: Path) -> str:
+    """Name the first part of a path that is not there, and what is there instead."""
+    missing = next(part for part in [*reversed(path.parents), path] if not part.exists())
+    names = sorted(entry.name for entry in missing.parent.iterdir()) if missing.parent.is_dir() else []
+    close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"{path}: no such file or folder ({missing.name!r} is not in {missing.parent.resolve()}){hint}"
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def _folder_parts(folder: Path, csv: Path | None) -> Iterator[Part]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    tables = [file for file in files if file.suffix.lower() == ".csv"]
+    if csv is None and len(tables) > 1:
+        names = ", ".join(file.name for file in tables[:5])
+        raise InputError(f"{folder}: {len(tables)} CSV files ({names}); say which one holds the values with csv=")
+    if csv is not None or tables:
+        table = csv if csv is not None else tables[0]
+        if not table.is_file():
+            raise InputError(_missing(table))
+        yield folder.name, _Table(_read_table(folder, table, [file for file in files if file not in tables]))
+        return
+
+    candidates = [file for file in files if _is_structure(file)]
+    readable = [file for file in candidates if not _is_json(file)] or candidates  # beside others JSON is about them
+    if not readable:
+        folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        hint = f"; it has the folders {', '.join(folders[:5])}, read one of them" if folders else ""
+        raise InputError(f"{folder}: no structure files in this folder{hint}")
+    left = [file.name for file in files if file not in readable]
+    log.info(
+        "%s: reading %s; leaving out %s", folder, ", ".join(file.name for file in readable), ", ".join(left) or "none"
+    )
+    for file in readable:
+        yield file.name, read_file(file)
+
+
+def _is_structure(file: Path) -> bool:
+    return Path(plain_name(file)).suffix.lower() in ENDINGS or VASP.match(file.name) is not None
+
+
+def _is_json(file: Path) -> bool:
+    return plain_name(file).lower().endswith(".json")
+
+
+# ---------------------------------------------------------------------------------------------- folder with a table
+
+
+def _read_table(folder: Path, table: Path, files: list[Path]) -> Iterator[Atoms]:
+    """Yield one structure per row, in the order of the rows, with the values of the row in its info."""
+    files_of = _files_by_name(files)
+    columns, rows = _rows(table, files_of)
+    key = max(_id_columns(columns), key=lambda i: sum(_name(row[i]) in files_of for row in rows))
+    names = [_name(row[key]) for row in rows]
+
+    lost = [row[key] for row, name in zip(rows, names, strict=True) if name not in files_of]
+    if len(lost) == len(rows):
+        raise InputError(
+            f"{table}: none of its {len(rows)} rows names a structure file in {folder} (first row: {lost[0]!r}); "
+            f"give ids in the first column, or read the files without the table by naming them"
+        )
+    matched = {file for name in names for file in files_of.get(name, [])}
+    unused = [file.name for file in files if file not in matched and _is_structure(file) and not _is_json(file)]
+    if lost or unused:
+        complaints = []
+        if lost:
+            complaints.append(f"{len(lost)} rows without a structure file ({_first(lost)})")
+        if unused:
+            complaints.append(f"{len(unused)} structure files without a row ({_first(unused)})")
+        raise InputError(f"{table}: {' and '.join(complaints)} in {folder}; add or remove them")
+
+    seen: dict[str, int] = {}
+    for line, (row, name) in enumerate(zip(rows, names, strict=True), start=1):
+        if len(files_of[name]) > 1:
+            raise InputError(f"{table}: {row[key]!r} fits several files ({_first([f.name for f in files_of[name]])})")
+        file = files_of[name][0]
+        if file.name in seen:
+            raise InputError(f"{table}: rows {seen[file.name]} and {line} both name {file.name}; keep one")
+        seen[file.name] = line
+        structures = read_file(file)
+        if len(structures) != 1:
+            raise InputError(f"{file}: {len(structures)} structures for one row of {table.name}; keep one in the file")
+        atoms = structures[0]
+        for i, (column, cell) in enumerate(zip(columns, row, strict=True)):
+            if cell.strip().lower() not in MISSING:
+                atoms.info[column] = cell.strip() if i == key or _is_id(column) else _value(cell)
+        yield atoms
+
+
+def _files_by_name(files: list[Path]) -> dict[str, list[Path]]:
+    """Every name by which a table may call a file: whole, without compression, without ending, without POSCAR."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        plain = plain_name(file)
+        names = {file.name, plain, Path(plain).stem, VASP.sub("", plain, count=1)}
+        for name in names - {""}:
+            found.setdefault(name, []).append(file)
+    return found
+
+
+def _rows(table: Path, files_of: dict[str, list[Path]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table; without a header (as in CGCNN's id_prop.csv) the columns are id, target, ..."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{table}: this is not UTF-8 text ({error}); save it as UTF-8") from error
+    first = text.strip().split("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    rows = [row for row in csv_format.reader(text.splitlines(), delimiter=delimiter) if any(map(str.strip, row))]
+    if not rows:
+        raise InputError(f"{table}: the table is empty")
+
+    header = [cell.strip() for cell in rows[0]]
+    if _name(header[0]) in files_of or any(isinstance(_value(cell), float) for cell in header[1:]):
+        targets = ["target"] if len(header) == 2 else [f"target_{i}" for i in range(1, len(header))]
+        header = ["id", *targets]
+    else:
+        rows = rows[1:]
+    if not rows:
+        raise InputError(f"{table}: the table has a header but no rows")
+    if len(set(header)) < len(header) or "" in header:
+        raise InputError(f"{table}: every column needs a name of its own, not {', '.join(map(repr, header))}")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise InputError(f"{table}: row {number} has {len(row)} cells for {len(header)} columns: {_first(row)}")
+    return header, rows
+
+
+def _id_columns(columns: list[str]) -> list[int]:
+    named = [i for i, column in enumerate(columns) if column.lower() in {"id", "name", "file", "filename"}]
+    return [*named, 0]
+
+
+def _is_id(column: str) -> bool:
+    return column.lower() == "id" or column.lower().endswith("_id")
+
+
+def _name(cell: str) -> str:
+    return Path(cell.strip()).name
+
+
+def _value(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell.strip()
+
+
+def _first(items: Sequence[str], n: int = 3) -> str:
+    return ", ".join(items[:n]) + (", ..." if len(items) > n else "")
