@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ase
 from ase.calculators.calculator import Calculator as AseCalculator
@@ -30,7 +30,7 @@ class Calculator(AseCalculator):
         InputError: when the model has no energy, or is asked about elements it never saw.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
     def __init__(self, model: str | Path | Model, device: str = "auto", allow_unseen: bool = False, **kwargs: Any):
         super().__init__(**kwargs)

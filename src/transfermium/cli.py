@@ -112,7 +112,7 @@ def info(arguments: Arguments) -> None:
     if arguments["json"]:
         print(json.dumps(card, ensure_ascii=False))
         return
-    print(yaml.safe_dump(json.loads(json.dumps(card)), sort_keys=False, allow_unicode=True, width=110), end="")
+    print(_yaml(card), end="")
 
 
 def pack(arguments: Arguments) -> None:
@@ -138,7 +138,9 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__)
+    parser = Parser(
+        prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__
+    )
     verbs = parser.add_subcommands(dest="verb", metavar="VERB")
     verbs.add_subcommand("demo", _demo_parser(), help=demo.__doc__)
     verbs.add_subcommand("pretrain", _training_parser(), help=pretrain.__doc__)
@@ -160,12 +162,18 @@ def _training_parser(base: str | None = None) -> Parser:
     if base:
         parser.add_argument("--align", type=bool, default=True, help="fit reference energies to the new labels first")
     else:
-        parser.add_subclass_arguments(Backbone, "backbone", default={"class_path": "TensorNet"}, help="the architecture")
+        parser.add_subclass_arguments(
+            Backbone, "backbone", default={"class_path": "TensorNet"}, help="the architecture"
+        )
     parser.add_argument("--out", type=str, required=True, help="run folder; the same command resumes")
     parser.add_argument("--valid", nargs="+", type=str, default=None, help="structures that choose the checkpoint")
     parser.add_argument("--valid-fraction", type=float, default=0.1, help="or this fraction of the data")
-    parser.add_argument("--split-by", type=str, default="auto", help="auto, random, composition, prototype or an info key")
-    parser.add_argument("--split-key", type=str, default=None, help="info key that says which structures are for training")
+    parser.add_argument(
+        "--split-by", type=str, default="auto", help="auto, random, composition, prototype or an info key"
+    )
+    parser.add_argument(
+        "--split-key", type=str, default=None, help="info key that says which structures are for training"
+    )
     _label_arguments(parser)
     parser.add_class_arguments(TrainConfig, None)
     return parser
@@ -226,7 +234,9 @@ def _with_pairs(arguments: Arguments) -> Arguments:
         pairs = [text.partition("=") for text in arguments[option]]
         for name, equals, value in pairs:
             if not (name and equals and value):
-                raise InputError(f"--{option} {name}{equals}{value} is not NAME={'KEY' if option == 'label' else 'UNIT'}")
+                raise InputError(
+                    f"--{option} {name}{equals}{value} is not NAME={'KEY' if option == 'label' else 'UNIT'}"
+                )
         arguments[option] = {name: value for name, _, value in pairs}
     return arguments
 
@@ -245,7 +255,13 @@ def _show_configuration(verb: str, arguments: Arguments) -> None:
         if value not in (None, [])
     }
     console.print(f"[bold]transfermium {verb}[/bold]")
-    console.print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True).rstrip(), style="dim")
+    console.print(
+        yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True).rstrip(), style="dim"
+    )
+
+
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _readable(message: str, parser: jsonargparse.ArgumentParser) -> str:

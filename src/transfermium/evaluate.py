@@ -20,19 +20,19 @@ from torch import Tensor
 from .console import console, track
 from .data.labels import Labelled, resolve
 from .data.load import VALIDATION, count_edges, plan, rng_of
+from .data.read import Source, read
 from .errors import InputError
 from .graph import to_batch, to_graph
 from .model import Model, load, rebuilt, write_whole
 from .objectives import Objective, Property
 from .train import chosen_device
-from .transfer import Structures, read_structures
 
 PRINTED = {"eV/atom": ("meV/atom", 1e3), "eV/Å": ("meV/Å", 1e3), "eV/Å^3": ("GPa", 160.21766208)}
 
 
 def evaluate(
     model: str | Path | Model,
-    structures: Structures,
+    structures: Source,
     *,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
@@ -44,47 +44,76 @@ def evaluate(
     """Errors of a model on every structure that has the labels it was trained on.
 
     Returns:
-        `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom ("energy_per_atom"),
-        eV/Å ("forces") and eV/Å^3 ("stress"), or in the unit of a property; classes have "accuracy", "cross_entropy"
-        and, where there are two, "roc_auc".
+        `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom
+        ("energy_per_atom"), eV/Å ("forces") and eV/Å^3 ("stress"), or in the unit of a property; classes have
+        "accuracy", "cross_entropy" and, where there are two, "roc_auc".
 
     Raises:
         InputError: when no structure has such a label.
     """
     model = model if isinstance(model, Model) else load(model)
     objective = objective_of(model)
-    given = read_structures(structures)
+    given = read(structures)
     wanted = objective.labels()
-    labels = resolve(given, list(wanted), labels=label, units=unit, optional=[n for n, must in wanted.items() if not must])
+    labels = resolve(
+        given, list(wanted), labels=label, units=unit, optional=[n for n, must in wanted.items() if not must]
+    )
     if wanted and not labels.entries:
-        raise InputError(f"no structure has any of the labels {', '.join(wanted)}: name their keys with --label NAME=KEY")
+        raise InputError(
+            f"no structure has any of the labels {', '.join(wanted)}: name their keys with --label NAME=KEY"
+        )
     labelled = Labelled(given, labels)
 
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    numbers = []
     model = model.to(chosen_device(device)).eval()
-    for members in track(_parts(model, labelled, edges), "evaluating", quiet=not verbose):
+    pairs = compared(model, objective, labelled, edges, seed, quiet=not verbose)
+    return {"n": len(labelled), **scores(model, objective, pairs, [atoms.numbers for atoms in given])}
+
+
+Pairs = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # output -> (label, prediction) of each structure, in order
+
+
+def compared(
+    model: Model, objective: Objective, labelled: Sequence[ase.Atoms], edges: int, seed: int = 0, quiet: bool = True
+) -> Pairs:
+    """Labels and predictions of every structure, for each output that the objective has targets for.
+
+    Energies are per atom, in both.
+    """
+    pairs: Pairs = {}
+    model.eval()
+    for members in track(_parts(model, labelled, edges), "evaluating", quiet=quiet):
         samples = [objective.prepare(labelled[i], rng_of(seed, VALIDATION, 0, i)) for i in members]
         names = [name for name in samples[0].targets if name in model.outputs]
         outputs = model(to_batch(samples, model.backbone.edges).graph, names)
         sizes = [len(s.atoms) for s in samples]
-        numbers += [s.atoms.numbers for s in samples]
         for name in names:
             parts = _by_structure(model, name, outputs[name], sizes)
-            pairs.setdefault(name, []).extend((s.targets[name], o) for s, o in zip(samples, parts, strict=True))
+            if name == "energy":
+                found = [(s.targets[name] / n, o / n) for s, o, n in zip(samples, parts, sizes, strict=True)]
+                pairs.setdefault("energy_per_atom", []).extend(found)
+            else:
+                pairs.setdefault(name, []).extend((s.targets[name], o) for s, o in zip(samples, parts, strict=True))
+    return pairs
 
-    result: dict[str, Any] = {"n": len(labelled)}
+
+def scores(model: Model, objective: Objective, pairs: Pairs, numbers: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Errors of each output that has labels; `numbers` are the atomic numbers of each structure."""
+    result = {}
     for name, rows in pairs.items():
         classes = isinstance(objective, Property) and objective.task == "classification"
-        found = _class_scores(rows) if classes else _errors(rows, numbers, name, model)
-        if found:
-            result["energy_per_atom" if name == "energy" else name] = found
+        if found := _class_scores(rows) if classes else _errors(rows, numbers, name, model):
+            result[name] = found
     return result
+
+
+def without_elements(errors: Mapping[str, Any]) -> dict[str, Any]:
+    """Errors without their breakdown by element."""
+    return {name: {k: v for k, v in found.items() if k != "per_element"} for name, found in errors.items()}
 
 
 def predict(
     model: str | Path | Model,
-    structures: Structures,
+    structures: Source,
     out: str | Path | None = None,
     *,
     edges: int = 10_000,
@@ -100,7 +129,7 @@ def predict(
         out: an extended XYZ or, by its ending, a CSV file with one line per structure.
     """
     model = model if isinstance(model, Model) else load(model)
-    given = read_structures(structures)
+    given = read(structures)
     ending = Path(out).suffix.lower() if out is not None else ".extxyz"
     if ending not in (".extxyz", ".xyz", ".csv"):
         raise InputError(f"{out} ends in '{ending}', but predictions are written to .extxyz, .xyz or .csv")
@@ -164,7 +193,7 @@ def objective_of(model: Model) -> Objective:
     """The objective a model was last trained on, from its card."""
     if "objective" not in model.card:
         raise InputError("this model was never trained: its card names no objective")
-    return rebuilt(model.card["objective"], Objective)  # type: ignore[no-any-return]
+    return rebuilt(model.card["objective"], Objective)
 
 
 def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
@@ -179,16 +208,16 @@ def _by_structure(model: Model, name: str, values: Tensor, sizes: list[int]) -> 
 
 
 def _unit(model: Model, name: str) -> str:
-    unit = str(model.card.get("quantities", {}).get(name, ["", ""])[1])
-    return f"{unit}/atom" if name == "energy" else unit
+    quantities = model.card.get("quantities", {})
+    if name == "energy_per_atom":
+        return f"{quantities.get('energy', ['', 'eV'])[1]}/atom"
+    return str(quantities.get(name, ["", ""])[1])
 
 
 def _errors(
     rows: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Sequence[np.ndarray], name: str, model: Model
 ) -> dict[str, Any]:
     """Errors over all finite components; by element over its atoms, or over the structures that contain it."""
-    if name == "energy":
-        rows = [(t / len(z), o / len(z)) for (t, o), z in zip(rows, numbers, strict=True)]
     target = np.concatenate([np.asarray(t, float) for t, _ in rows])
     output = np.concatenate([np.asarray(o, float) for _, o in rows])
     known = np.isfinite(target) & np.isfinite(output)
@@ -206,7 +235,7 @@ def _errors(
     }
     if not np.isfinite(found["r2"]):
         del found["r2"]
-    return {**found, "per_element": dict(_by_element(rows, numbers, model.per_atom(name)))}
+    return {**found, "per_element": dict(_by_element(rows, numbers, name in model.outputs and model.per_atom(name)))}
 
 
 def _by_element(
@@ -288,13 +317,22 @@ def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) ->
         found = {**atoms.info, **(atoms.calc.results if atoms.calc is not None else {})}
         if "stress" in found:
             found |= dict(zip(stress, found["stress"], strict=True))
-        writer.writerow([index, *(found.get(i, "") for i in ids), atoms.get_chemical_formula(), *(found.get(c, "") for c in columns)])
+        writer.writerow(
+            [
+                index,
+                *(found.get(i, "") for i in ids),
+                atoms.get_chemical_formula(),
+                *(found.get(c, "") for c in columns),
+            ]
+        )
 
 
 def _tell_unseen(model: Model, structures: Sequence[ase.Atoms], verbose: bool) -> None:
     unseen = unseen_elements(model, np.unique(np.concatenate([a.numbers for a in structures] or [[]]).astype(int)))
     if unseen and verbose:
-        console.print(f"[yellow]The model never saw {', '.join(unseen)}: predictions with these elements mean little[/yellow]")
+        console.print(
+            f"[yellow]The model never saw {', '.join(unseen)}: predictions with these elements mean little[/yellow]"
+        )
 
 
 def unseen_elements(model: Model, numbers: np.ndarray) -> list[str]:

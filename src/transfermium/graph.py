@@ -67,8 +67,8 @@ class AtomGraph(NamedTuple):
         def move(x: Tensor) -> Tensor:
             return x.to(device, dtype if x.is_floating_point() else None)
 
-        *tensors, inputs = self
-        return AtomGraph(*map(move, tensors), {name: move(x) for name, x in inputs.items()})
+        moved = {name: move(x) for name, x in self._asdict().items() if name != "inputs"}
+        return AtomGraph(**moved, inputs={name: move(x) for name, x in self.inputs.items()})
 
 
 class Sample(NamedTuple):

@@ -28,7 +28,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def __call__(self, features: Features, graph: AtomGraph) -> Tensor:
-        return super().__call__(features, graph)  # type: ignore[no-any-return]
+        return super().__call__(features, graph)
 
     def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
         """Set references and scale from the labels called `name`; without labels nothing changes."""

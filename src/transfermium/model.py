@@ -98,7 +98,7 @@ class Model(nn.Module):
         return {name: results[name] for name in wanted}
 
     def __call__(self, graph: AtomGraph, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
-        return super().__call__(graph, wanted)  # type: ignore[no-any-return]
+        return super().__call__(graph, wanted)
 
     def per_atom(self, name: str) -> bool:
         """Whether an output has one row per atom, rather than one per structure."""
@@ -281,14 +281,16 @@ def _per_volume(gradient: Tensor, cell: Tensor) -> Tensor:
 
 
 def _rebuilt_output(spec: Mapping[str, Any]) -> Output:
-    derivatives = {"Gradient": Gradient, "Strain": Strain}
+    derivatives: dict[str, type[Gradient] | type[Strain]] = {"Gradient": Gradient, "Strain": Strain}
     if spec["class"] in derivatives:
         return derivatives[spec["class"]](**spec["arguments"])
-    return rebuilt(spec, Head)  # type: ignore[no-any-return]
+    head: Head = rebuilt(spec, Head)
+    return head
 
 
 def _subclasses(base: type) -> list[type]:
-    return [cls for direct in base.__subclasses__() for cls in (direct, *_subclasses(direct))]
+    direct: list[type] = base.__subclasses__()
+    return [cls for child in direct for cls in (child, *_subclasses(child))]
 
 
 def _umask() -> int:

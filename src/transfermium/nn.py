@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ LAST_ELEMENT = 118
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     """Linear layers with SiLU between them and none after the last."""
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+    for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out, bias=bias), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -37,8 +38,8 @@ class NodeInputs(nn.Module):
         self.elements = elements
         self.element = nn.Embedding(elements + 1, width)  # row 0 is the dummy atom X
         self.inputs = nn.ModuleDict({name: nn.Linear(1, width, bias=False) for name in inputs})
-        for linear in self.inputs.values():
-            nn.init.zeros_(linear.weight)
+        for weight in self.inputs.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, graph: AtomGraph) -> Tensor:
         """Element and inputs of each atom as one vector: (n_atoms, width)."""
@@ -56,6 +57,8 @@ class NodeInputs(nn.Module):
 class Gaussians(nn.Module):
     """Lengths smeared over Gaussians evenly spaced on [0, cutoff]: (n_edges,) to (n_edges, n)."""
 
+    centers: Tensor
+
     def __init__(self, n: int, cutoff: float):
         super().__init__()
         self.register_buffer("centers", torch.linspace(0, cutoff, n), persistent=False)
@@ -67,6 +70,8 @@ class Gaussians(nn.Module):
 
 class Bessel(nn.Module):
     """Spherical Bessel functions of order zero, sin(nπr/r_c)/r: (n_edges,) to (n_edges, n) (arXiv:2003.03123)."""
+
+    frequencies: Tensor
 
     def __init__(self, n: int, cutoff: float):
         super().__init__()

@@ -47,7 +47,7 @@ class TrainConfig:
 
     steps: int | None = None
     time: str | None = None
-    lr: float = 1e-3
+    lr: float = 2e-3
     backbone_lr: float | None = None
     weight_decay: float = 1e-5
     warmup: float = 0.05
@@ -247,11 +247,11 @@ class _Run:
         loss = torch.stack(list(means.values())).sum()
         if not torch.isfinite(loss):
             raise InputError(
-                f"the loss is not finite at step {self.step + 1}, for structures {members.tolist()} of the training set: "
-                "look at their labels, or lower lr"
+                f"the loss is not finite at step {self.step + 1}, for structures {members.tolist()} of the training "
+                "set: look at their labels, or lower lr"
             )
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
         self.optimizer.step()
         self._update_average()
@@ -311,7 +311,10 @@ class _Run:
         for p in self.model.backbone.parameters():
             p.requires_grad_(backbone_lr > 0)
         groups = [
-            {"params": [p for p in self.model.parameters() if id(p) in backbone and p.requires_grad], "peak": backbone_lr},
+            {
+                "params": [p for p in self.model.parameters() if id(p) in backbone and p.requires_grad],
+                "peak": backbone_lr,
+            },
             {"params": [p for p in self.model.parameters() if id(p) not in backbone], "peak": config.lr},
         ]
         return [{**group, "lr": 0.0} for group in groups if group["params"]]

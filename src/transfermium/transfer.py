@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import ase
 import numpy as np
@@ -20,29 +21,29 @@ from .backbones import Backbone, TensorNet
 from .console import bar, console, table
 from .data.labels import Labelled, Labels, isolated_atoms, resolve
 from .data.load import CALIBRATION, rng_of
-from .data.read import read
+from .data.read import Source, read
 from .data.sequences import Subset
 from .data.split import Split, by_key, found_split_keys, split
 from .errors import InputError
+from .evaluate import compared, scores, without_elements
 from .graph import Sample, to_batch
-from .heads import AtomHead, EnergyHead, Head, ScalarHead, VectorHead, fit_references, labelled_totals, values
+from .heads import AtomHead, EnergyHead, ScalarHead, VectorHead, fit_references, labelled_totals, values
 from .model import Model, copied, described, load
 from .objectives import Objective
 from .run import claim, fingerprint, write_json
-from .train import TrainConfig, chosen_device, device_of, read_metrics, train
+from .train import TrainConfig, chosen_device, read_metrics, train
 
 MOST_SAMPLES = 10_000  # structures that references and scales are fitted on
-
-Structures: TypeAlias = str | Path | Sequence[ase.Atoms] | Sequence[str | Path]
+MOST_POINTS = 2_000  # of a parity plot
 
 
 def pretrain(
-    structures: Structures,
+    structures: Source,
     objective: Objective,
     backbone: Backbone | None = None,
     *,
     out: str | Path | None = None,
-    valid: Structures | None = None,
+    valid: Source | None = None,
     valid_fraction: float = 0.1,
     split_by: str = "auto",
     split_key: str | None = None,
@@ -90,12 +91,12 @@ def pretrain(
 
 def finetune(
     base: str | Path | Model,
-    structures: Structures,
+    structures: Source,
     objective: Objective,
     *,
     out: str | Path | None = None,
     align: bool = True,
-    valid: Structures | None = None,
+    valid: Source | None = None,
     valid_fraction: float = 0.1,
     split_by: str = "auto",
     split_key: str | None = None,
@@ -247,9 +248,9 @@ class _Data:
 
     def __init__(
         self,
-        structures: Structures,
+        structures: Source,
         objective: Objective,
-        valid: Structures | None,
+        valid: Source | None,
         valid_fraction: float,
         split_by: str,
         split_key: str | None,
@@ -260,7 +261,7 @@ class _Data:
     ):
         if not 0 <= valid_fraction < 1:
             raise InputError(f"valid_fraction is {valid_fraction}, but must be zero or more and below one")
-        everything = read_structures(structures)
+        everything = read(structures)
         if len(everything) == 0:
             raise InputError("there is no structure to train on")
         self.labels = self._resolve(everything, objective, label, unit)
@@ -279,14 +280,17 @@ class _Data:
         self.train: Sequence[ase.Atoms] = Subset(rest, self.split.train)
         self.valid: Sequence[ase.Atoms] = Subset(rest, self.split.valid)
         if valid is not None:
-            others = read_structures(valid)
+            others = read(valid)
             self.valid = Labelled(others, self._resolve(others, objective, label, unit))
         if verbose:
             self._tell(rest, valid is None, split_key)
+        own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
         self.asked = {
             "objective": described(objective),
             "data": fingerprint(labelled),
-            "valid": {"fraction": valid_fraction, "by": split_by, "key": split_key} if valid is None else fingerprint(self.valid),
+            "valid": {"fraction": valid_fraction, "by": split_by, "key": split_key}
+            if valid is None
+            else fingerprint(self.valid),
             "labels": self.labels.to_json(),
         }
 
@@ -314,7 +318,7 @@ class _Data:
     def _split(
         self,
         structures: Sequence[ase.Atoms],
-        valid: Structures | None,
+        valid: Source | None,
         fraction: float,
         by: str,
         key: str | None,
@@ -385,10 +389,30 @@ def _trained(
         "date": datetime.date.today().isoformat(),
     }
     model.card = _card(model, objective, data, [*history, stage], base)
+    if len(data.valid):
+        pairs = compared(model, objective, data.valid, config.edges, config.seed)
+        errors = scores(model, objective, pairs, [atoms.numbers for atoms in data.valid])
+        model.card["metrics"]["validation"] = without_elements(errors)
+        if folder is not None:
+            write_json(folder / "validation.json", {"errors": errors, "parity": _parity(pairs, errors)})
     model.to("cpu")
     if folder is not None:
         model.save(folder / "model.safetensors")
     return model.eval()
+
+
+def _parity(pairs: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels and predictions, component by component, of at most `MOST_POINTS` per quantity."""
+    result = {}
+    for name, rows in pairs.items():
+        label = np.concatenate([np.ravel(target) for target, _ in rows])
+        prediction = np.concatenate([np.ravel(output) for _, output in rows])
+        if label.shape == prediction.shape:
+            known = np.flatnonzero(np.isfinite(label) & np.isfinite(prediction))
+            chosen = known[np.unique(np.linspace(0, len(known) - 1, min(len(known), MOST_POINTS)).astype(int))]
+            unit = errors.get(name, {}).get("unit", "")
+            result[name] = {"label": label[chosen].tolist(), "prediction": prediction[chosen].tolist(), "unit": unit}
+    return result
 
 
 def _card(model: Model, objective: Objective, data: _Data, history: list[Any], base: Model | None) -> dict[str, Any]:
@@ -426,7 +450,9 @@ def _show_alignment(report: Mapping[str, Any]) -> None:
     shifts = report.get("reference shift (eV)")
     if shifts:
         rows = [{"element": symbol, "shift (eV)": f"{value:+.3f}"} for symbol, value in shifts.items()]
-        console.print(table(f"Alignment: reference energies, {report['elements told apart']} elements told apart", rows))
+        console.print(
+            table(f"Alignment: reference energies, {report['elements told apart']} elements told apart", rows)
+        )
 
 
 def _train_config(options: Mapping[str, Any]) -> TrainConfig:
@@ -434,14 +460,6 @@ def _train_config(options: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig(**options)
     except TypeError as error:
         raise InputError(f"{str(error).split('__init__() ')[-1]}: TrainConfig lists the options of a run") from None
-
-
-def read_structures(structures: Structures) -> Sequence[ase.Atoms]:
-    if isinstance(structures, str | Path):
-        return read(structures)
-    if len(structures) and isinstance(structures[0], str | Path):
-        return read(*structures)  # type: ignore[arg-type]
-    return structures  # type: ignore[return-value]
 
 
 def _finished(folder: Path | None) -> Model | None:
@@ -456,8 +474,6 @@ def _steps_done(folder: Path | None) -> int:
 
 
 def _weights_fingerprint(model: Model) -> str:
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

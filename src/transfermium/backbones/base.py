@@ -41,4 +41,4 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def __call__(self, graph: AtomGraph) -> Features:
-        return super().__call__(graph)  # type: ignore[no-any-return]
+        return super().__call__(graph)

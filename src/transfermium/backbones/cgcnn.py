@@ -57,7 +57,9 @@ class CGCNN(Backbone):
         lengths = graph.edge_vectors().norm(dim=1)
         basis = self.basis(lengths)  # (n_edges, gaussians)
         weights = self.edges.envelope(lengths).unsqueeze(1)  # (n_edges, 1)
-        neighbors = graph.sum_over_neighbors(weights) + 1  # (n_atoms, 1): the mean stays smooth, also without neighbours
+        neighbors = (
+            graph.sum_over_neighbors(weights) + 1
+        )  # (n_atoms, 1): the mean stays smooth, also without neighbours
 
         x = self.node_inputs(graph)
         for convolution in self.convolutions:

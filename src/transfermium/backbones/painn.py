@@ -70,7 +70,9 @@ class Message(nn.Module):
         self.phi = mlp(width, width, 3 * width)
         self.filter = nn.Linear(radial + 1, 3 * width, bias=False)
 
-    def forward(self, s: Tensor, v: Tensor, basis: Tensor, directions: Tensor, graph: AtomGraph) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, s: Tensor, v: Tensor, basis: Tensor, directions: Tensor, graph: AtomGraph
+    ) -> tuple[Tensor, Tensor]:
         x = self.phi(s).index_select(0, graph.senders) * self.filter(basis)  # (n_edges, 3 width)
         ds, along_bond, along_vector = x.chunk(3, dim=1)
         dv = along_bond.unsqueeze(1) * directions.unsqueeze(2)

@@ -75,8 +75,12 @@ def _spelled(shape: tuple[int, ...]) -> str:
     return "a number" if np.prod(shape) == 1 else f"numbers of shape {shape}"
 
 
-def absolute_errors(output: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Weighted sum of |output - target| over the components that have a label, and their count."""
+def absolute_errors(output: Tensor, target: Tensor, weight: float, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Weighted sum of |output - target| over the components that have a label, and their count.
+
+    Errors well below `rounding` r count less, as |x|²/2r: the pseudo-Huber loss.
+    """
     present = torch.isfinite(target)
-    errors = (output.double() - target)[present].abs()
+    errors = (output.double() - target)[present]
+    errors = rounding * (torch.sqrt(1 + (errors / rounding) ** 2) - 1) if rounding else errors.abs()
     return weight * errors.sum(), present.sum()

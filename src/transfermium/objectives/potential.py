@@ -18,11 +18,15 @@ from .base import Loss, Objective, Quantity, absolute_errors, label
 class Potential(Objective):
     """A potential energy surface, by mean absolute errors of energy per atom, forces and stress.
 
+    Errors of what is labelled once per structure, energy and stress, are rounded off below `rounding`: their gradients
+    add up coherently over all atoms, and would drown those of the forces for as long as their size did not shrink.
+
     Args:
         energy, forces, stress: weights of the errors in eV/atom, eV/Å and eV/Å³. None weights a label that is found
             by one over its RMS in the training set (energies: after per-element references) and leaves out one that is
             not; zero leaves it out.
         conservative: forces and stress are derivatives of the energy; otherwise they are outputs of their own heads.
+        rounding: "energy" and "stress" to the error (eV/atom, eV/Å³) below which they count less; None is their RMS.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Potential(Objective):
         forces: float | None = None,
         stress: float | None = None,
         conservative: bool = True,
+        rounding: Mapping[str, float] | None = None,
     ):
         for name, weight in {"energy": energy, "forces": forces, "stress": stress}.items():
             if weight is not None and not 0 <= weight < np.inf:
@@ -41,6 +46,7 @@ class Potential(Objective):
         self.forces = forces
         self.stress = stress
         self.conservative = conservative
+        self.rounding = rounding
 
     @property
     def weights(self) -> dict[str, float | None]:
@@ -62,10 +68,14 @@ class Potential(Objective):
         return {name: Quantity(name, unit) for name, unit in units.items()}
 
     def settled(self, samples: Sequence[Sample]) -> Potential:
-        weights = {name: self._weight(name, samples) for name in ("energy", "forces", "stress")}
-        if not any(weights.values()):
+        sizes = {name: size for name in self.weights if (size := _typical_size(name, samples))}
+        if not sizes:
             raise InputError("no structure has an energy, forces or a stress: name their keys with --label energy=KEY")
-        return Potential(**weights, conservative=self.conservative)
+        given = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
+        found = {name: 1 / sizes[name] if name in sizes else 0.0 for name in given}
+        weights = {name: found[name] if weight is None else weight for name, weight in given.items()}
+        rounding = {name: sizes[name] for name in ("energy", "stress") if name in sizes}
+        return Potential(**weights, conservative=self.conservative, rounding=self.rounding or rounding)
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         shapes = {"energy": (1,), "forces": (len(atoms), 3), "stress": (1, 3, 3)}
@@ -78,18 +88,18 @@ class Potential(Objective):
             if name == "energy":
                 size = batch.graph.atoms_per_system().clamp(min=1)
                 output, target = output / size, target / size
-            terms[name] = absolute_errors(output, target, 1.0 if weight is None else weight)
+            rounding = (self.rounding or {}).get(name, 0.0)
+            terms[name] = absolute_errors(output, target, 1.0 if weight is None else weight, rounding)
         return terms
 
-    def _weight(self, name: str, samples: Sequence[Sample]) -> float:
-        given = {"energy": self.energy, "forces": self.forces, "stress": self.stress}[name]
-        if given is not None:
-            return given
-        if name == "energy":
-            numbers, energies = labelled_totals(name, samples)
-            if len(energies) == 0:
-                return 0.0
-            references = fit_references(numbers, energies, isolated_energies(name, samples))
-            return 1 / rms(np.array([(e - references[z].sum()) / len(z) for z, e in zip(numbers, energies, strict=True)]))
+
+def _typical_size(name: str, samples: Sequence[Sample]) -> float:
+    """RMS of a label, of energies per atom and after references; zero where there is none."""
+    if name != "energy":
         found = values(name, samples)
-        return 1 / rms(found) if len(found) else 0.0
+        return rms(found) if len(found) else 0.0
+    numbers, energies = labelled_totals(name, samples)
+    if len(energies) == 0:
+        return 0.0
+    references = fit_references(numbers, energies, isolated_energies(name, samples))
+    return rms(np.array([(e - references[z].sum()) / len(z) for z, e in zip(numbers, energies, strict=True)]))

@@ -46,7 +46,9 @@ class Property(Objective):
         if task == "classification" and kind == "extensive":
             raise InputError("a class cannot be extensive: choose kind='intensive' or 'per-atom'")
         if not name.isidentifier():
-            raise InputError(f"'{name}' cannot name a property: use letters, digits and _, and --label {{name}}=KEY for the key")
+            raise InputError(
+                f"'{name}' cannot name a property: use letters, digits and _, and --label {{name}}=KEY for the key"
+            )
         self.name = name
         self.kind = kind
         self.task = task
