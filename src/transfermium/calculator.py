@@ -30,7 +30,7 @@ class Calculator(AseCalculator):
         InputError: when the model has no energy, or is asked about elements it never saw.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012  (ASE declares a list)
 
     def __init__(self, model: str | Path | Model, device: str = "auto", allow_unseen: bool = False, **kwargs: Any):
         super().__init__(**kwargs)

@@ -122,7 +122,8 @@ def pack(arguments: Arguments) -> None:
 
     source = read(*arguments["data"])
     packed = run(source, arguments["out"], level=arguments["level"])
-    console.print(f"{len(packed)} structures packed into {arguments['out']}")
+    levels = ", ".join(f"{n} {level}" for level, n in packed.levels.items() if level)
+    console.print(f"{len(packed)} structures packed into {arguments['out']}{f' ({levels})' if levels else ''}")
 
 
 VERBS: dict[str, Callable[[Arguments], None]] = {
@@ -169,10 +170,10 @@ def _training_parser(base: str | None = None) -> Parser:
     parser.add_argument("--valid", nargs="+", type=str, default=None, help="structures that choose the checkpoint")
     parser.add_argument("--valid-fraction", type=float, default=0.1, help="or this fraction of the data")
     parser.add_argument(
-        "--split-by", type=str, default="auto", help="auto, random, composition, prototype or an info key"
+        "--split-by", type=str, default="auto", help="auto, random, composition, prototype, a key, or a split.json"
     )
     parser.add_argument(
-        "--split-key", type=str, default=None, help="info key that says which structures are for training"
+        "--split-key", type=str, default=None, help="KEY with train, val and test, or KEY=VALUE of the test set"
     )
     _label_arguments(parser)
     parser.add_class_arguments(TrainConfig, None)

@@ -72,7 +72,7 @@ class EnergyHead(Head):
             counts = np.array([len(z) for z in numbers])
             residuals = (energies - [references[z].sum() for z in numbers]) / counts
         forces = values("forces", samples)
-        self.scale.fill_(rms(forces if len(forces) else residuals))
+        self.scale.fill_(rms(forces) if len(forces) else rms(residuals, energies))
 
 
 class ScalarHead(Head):
@@ -109,7 +109,7 @@ class ScalarHead(Head):
             labels = labels / sizes
         if len(labels):
             self.shift.fill_(labels.mean())
-            self.scale.fill_(rms(labels - labels.mean()))
+            self.scale.fill_(rms(labels - labels.mean(), labels))
 
 
 class ClassHead(Head):
@@ -148,7 +148,7 @@ class AtomHead(Head):
         labels = values(name, samples)
         if len(labels) and not self.classes:
             self.shift.fill_(labels.mean())
-            self.scale.fill_(rms(labels - labels.mean()))
+            self.scale.fill_(rms(labels - labels.mean(), labels))
 
 
 class VectorHead(Head):
@@ -213,7 +213,7 @@ class TensorHead(Head):
         labels = values(name, samples).reshape(-1, 3, 3)
         if len(labels):
             self.shift.fill_(np.trace(labels, axis1=1, axis2=2).mean() / 3)
-            self.scale.fill_(rms(labels - float(self.shift) * np.eye(3)))
+            self.scale.fill_(rms(labels - float(self.shift) * np.eye(3), labels))
 
 
 def pooled(per_atom: Tensor, graph: AtomGraph, score: Tensor | None = None) -> Tensor:
@@ -281,10 +281,14 @@ def _sizes_and_labels(name: str, samples: Sequence[Sample]) -> tuple[np.ndarray,
     return np.array([len(z) for z in numbers]), labels
 
 
-def rms(x: np.ndarray) -> float:
-    """Root mean square; one where there is nothing to scale by (no labels, or all of them equal)."""
+def rms(x: np.ndarray, differences_of: np.ndarray | float = 0.0) -> float:
+    """Root mean square; one where there is nothing to scale by (no labels, or all of them equal).
+
+    Given the numbers that `x` are differences of, what their rounding leaves counts as nothing.
+    """
+    nothing = 1e-12 * max(1.0, float(np.abs(differences_of).max(initial=0.0)))
     rms = float(np.sqrt(np.mean(np.square(x)))) if np.size(x) else 0.0
-    return rms if rms > 1e-12 else 1.0
+    return rms if rms > nothing else 1.0
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -168,7 +168,7 @@ def load(path: str | Path) -> Model:
     try:
         card = json.loads(metadata["transfermium"])
         found = card.pop("format")
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise InputError(f"{path} is not a transfermium model: its header has no readable card") from None
     if found != FORMAT:
         raise InputError(f"{path} has file format {found}, but this version reads {FORMAT}: update transfermium")

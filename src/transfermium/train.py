@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,7 +43,7 @@ class TrainConfig:
         seed: of weights, split, order and noise.
         workers: processes that prepare batches.
         device: "auto" is CUDA where there is one, else the CPU.
-        dtype: of the weights.
+        dtype: of the weights; None is float32, or that of the model to start from.
     """
 
     steps: int | None = None
@@ -59,7 +60,7 @@ class TrainConfig:
     seed: int = 0
     workers: int = 0
     device: str = "auto"
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float32", "float64"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip", "edges"):
@@ -182,7 +183,8 @@ class _Run:
     ):
         if len(structures) == 0:
             raise InputError("there is no structure to train on")
-        self.model = model.to(chosen_device(config.device), getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype) if config.dtype else None
+        self.model = model.to(chosen_device(config.device), dtype)
         self.config = config
         self.out = out
 
@@ -206,33 +208,31 @@ class _Run:
 
     def progress(self, save_every: float) -> Iterator[Progress]:
         self._restore()
-        metrics = Metrics(self.out, self.step)
-        start = saved = time.monotonic()
-        before = self.elapsed
-        if self.step == 0 and self.best is None:
-            self._validate()
-            if self.best is not None:
-                metrics.write({"step": 0, "valid": self.best})
+        with closing(Metrics(self.out, self.step)) as metrics:
+            start = saved = time.monotonic()
+            before = self.elapsed
+            if self.step == 0 and self.best is None:
+                if (loss_at_start := self._validate()) is not None:
+                    metrics.write({"step": 0, "valid": loss_at_start})
 
-        stream = training_batches(self.batches, self.counts, self.config.edges, self.step, self.config.workers)
-        while not self.finished and (fraction := self._fraction()) < 1:
-            epoch, members, batch = next(stream)
-            lr = self._set_learning_rates(fraction)
-            loss, terms = self._optimise(batch, members)
-            self.step += 1
-            self.elapsed = before + time.monotonic() - start
+            stream = training_batches(self.batches, self.counts, self.config.edges, self.step, self.config.workers)
+            while not self.finished and (fraction := self._fraction()) < 1:
+                epoch, members, batch = next(stream)
+                lr = self._set_learning_rates(fraction)
+                loss, terms = self._optimise(batch, members)
+                self.step += 1
+                self.elapsed = before + time.monotonic() - start
 
-            fraction = min(self._fraction(), 1.0)
-            valid = self._validate() if self._validation_is_due(fraction) else None
-            row = {"step": self.step, "epoch": epoch, "lr": lr, **terms, "valid": valid}
-            metrics.write({**row, "elapsed": round(self.elapsed, 3)})
-            self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
-            if fraction >= 1 or self.finished or time.monotonic() - saved > save_every:
-                self._save()
-                saved = time.monotonic()
-            yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed)
+                fraction = min(self._fraction(), 1.0)
+                valid = self._validate() if self._validation_is_due(fraction) else None
+                row = {"step": self.step, "epoch": epoch, "lr": lr, **terms, "valid": valid}
+                metrics.write({**row, "elapsed": round(self.elapsed, 3)})
+                self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
+                if fraction >= 1 or self.finished or time.monotonic() - saved > save_every:
+                    self._save()
+                    saved = time.monotonic()
+                yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed)
 
-        metrics.close()
         chosen = self.average if self.best is None else self.best_weights
         self._load_weights(chosen)
         self.model.eval()
@@ -295,7 +295,10 @@ class _Run:
         current = [p.detach().clone() for p in self.trained]
         self._load_weights(self.average)
         self.model.eval()
-        loss = sum(evaluate_loss(self.model, self.valid, self.valid_members).values())
+        terms = evaluate_loss(self.model, self.valid, self.valid_members)
+        if not terms:
+            raise InputError("no validation structure has a label of this objective: give others, or valid_fraction=0")
+        loss = sum(terms.values())
         self._load_weights(current)
 
         if self.best is None or loss < self.best:

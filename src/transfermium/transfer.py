@@ -7,9 +7,9 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ase
 import numpy as np
@@ -31,7 +31,7 @@ from .heads import AtomHead, EnergyHead, ScalarHead, VectorHead, fit_references,
 from .model import Model, copied, described, load
 from .objectives import Objective
 from .run import claim, fingerprint, write_json
-from .train import TrainConfig, chosen_device, read_metrics, train
+from .train import Progress, TrainConfig, chosen_device, read_metrics, train
 
 MOST_SAMPLES = 10_000  # structures that references and scales are fitted on
 MOST_POINTS = 2_000  # of a parity plot
@@ -61,8 +61,10 @@ def pretrain(
         out: run folder; the same call goes on where a killed one stopped, and returns at once when it had finished.
         valid: structures that choose the checkpoint; by default a fraction of `structures`.
         valid_fraction: that fraction; zero validates nothing and returns the last weights.
-        split_by: "auto", "random", "composition", "prototype" or an info key whose groups stay together.
-        split_key: info key that says where each structure belongs ("train", "valid"); see `transfermium.split`.
+        split_by: "auto", "random", "composition", "prototype", an info key whose groups stay together, or the
+            split.json of an earlier run on the same structures.
+        split_key: info key that says where each structure belongs ("train", "val", "test"), or KEY=VALUE for the value
+            that is the test set, such as "test_fold=0"; test structures are left out.
         label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}.
         unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
         config: fields of `TrainConfig`.
@@ -117,8 +119,8 @@ def finetune(
 
     The other arguments, and what is raised, are those of `pretrain`.
     """
-    settings = _train_config(config)
     base = base if isinstance(base, Model) else load(base)
+    settings = _train_config(config, base.architecture()["dtype"])
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
     identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
@@ -269,28 +271,24 @@ class _Data:
             console.print(self.labels.table())
 
         labelled = Labelled(everything, self.labels)
-        lone = set(isolated_atoms(everything))
-        members = np.array([i for i in range(len(everything)) if i not in lone])
-        if len(members) == 0:
+        lone = isolated_atoms(everything)
+        if len(lone) == len(everything):
             raise InputError("all structures are isolated atoms: there is nothing else to train on")
-        self.isolated = [labelled[i] for i in sorted(lone)]
+        self.isolated = [labelled[i] for i in lone]
 
-        rest = Subset(labelled, members)
-        self.split = self._split(rest, valid, valid_fraction, split_by, split_key, seed)
-        self.train: Sequence[ase.Atoms] = Subset(rest, self.split.train)
-        self.valid: Sequence[ase.Atoms] = Subset(rest, self.split.valid)
+        self.split = self._split(labelled, valid, valid_fraction, split_by, split_key, seed)
+        self.train: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.train, lone))
+        self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, lone))
         if valid is not None:
             others = read(valid)
             self.valid = Labelled(others, self._resolve(others, objective, label, unit))
         if verbose:
-            self._tell(rest, valid is None, split_key)
+            self._tell(labelled, valid is None, split_key)
         own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
         self.asked = {
             "objective": described(objective),
             "data": fingerprint(labelled),
-            "valid": {"fraction": valid_fraction, "by": split_by, "key": split_key}
-            if valid is None
-            else fingerprint(self.valid),
+            "valid": own if valid is None else fingerprint(self.valid),
             "labels": self.labels.to_json(),
         }
 
@@ -328,7 +326,10 @@ class _Data:
         if valid is not None:
             return Split(everyone, nobody, by="given", reason="validation structures were given")
         if key is not None:
-            return by_key(structures, key)
+            name, _, value = key.partition("=")
+            return by_key(structures, name, value or None, fraction=fraction or 0.1, seed=seed)
+        if by.endswith(".json"):
+            return _again(Split.load(by), by, len(structures))
         if fraction == 0 or len(structures) == 1:
             return Split(everyone, nobody, by="none", reason="nothing is validated")
         return split(structures, fraction, by=by, seed=seed)
@@ -341,6 +342,16 @@ class _Data:
         if found and split_key is None:
             keys = ", ".join(found)
             console.print(f"[dim]The data has split keys that are not used: {keys} (use one with --split-key)[/dim]")
+
+
+def _again(found: Split, path: str, total: int) -> Split:
+    """A split of an earlier run, on the same structures."""
+    used = np.concatenate([found.train, found.valid])
+    if len(used) and used.max() >= total:
+        raise InputError(
+            f"{path} splits at least {used.max() + 1} structures, but there are {total}: is it of other data?"
+        )
+    return replace(found, reason=f"as in {path}")
 
 
 def _trained(
@@ -380,9 +391,7 @@ def _trained(
         "data": asked["data"],
         "structures": len(data.train),
         "validation structures": len(data.valid),
-        "steps": last.step if last else _steps_done(folder),
-        "seconds": round(last.elapsed, 1) if last else None,
-        "best validation loss": last.best if last else None,
+        **_ending(last, folder),
         "alignment": dict(report),
         "transfermium": __version__,
         "torch": torch.__version__,
@@ -455,11 +464,12 @@ def _show_alignment(report: Mapping[str, Any]) -> None:
         )
 
 
-def _train_config(options: Mapping[str, Any]) -> TrainConfig:
+def _train_config(options: Mapping[str, Any], dtype: Literal["float32", "float64"] = "float32") -> TrainConfig:
     try:
-        return TrainConfig(**options)
+        config = TrainConfig(**options)
     except TypeError as error:
         raise InputError(f"{str(error).split('__init__() ')[-1]}: TrainConfig lists the options of a run") from None
+    return replace(config, dtype=config.dtype or dtype)
 
 
 def _finished(folder: Path | None) -> Model | None:
@@ -468,9 +478,17 @@ def _finished(folder: Path | None) -> Model | None:
     return load(folder / "model.safetensors")
 
 
-def _steps_done(folder: Path | None) -> int:
+def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:
+    """How far training came; from its metrics where no step was left to do."""
+    if last is not None:
+        return {"steps": last.step, "seconds": round(last.elapsed, 1), "best validation loss": last.best}
     rows = read_metrics(folder) if folder is not None else []
-    return int(rows[-1]["step"]) if rows else 0
+    losses = [row["valid"] for row in rows if "valid" in row]
+    return {
+        "steps": rows[-1]["step"] if rows else 0,
+        "seconds": round(rows[-1].get("elapsed", 0.0), 1) if rows else 0.0,
+        "best validation loss": min(losses, default=None),
+    }
 
 
 def _weights_fingerprint(model: Model) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class PaiNN(Backbone):
         elements: highest atomic number.
         inputs: names of additional scalar inputs per atom.
     """
+
+    laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
 
     def __init__(
         self,

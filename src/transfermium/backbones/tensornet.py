@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class TensorNet(Backbone):
         elements: highest atomic number.
         inputs: names of additional scalar inputs per atom.
     """
+
+    laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
 
     def __init__(
         self,

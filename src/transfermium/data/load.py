@@ -7,6 +7,7 @@ from itertools import islice
 
 import ase
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError
@@ -75,7 +76,8 @@ def training_batches(
 ) -> Iterator[tuple[int, np.ndarray, Batch]]:
     """Epoch, members and batch, for ever, each epoch in a new order; `skip` batches are passed over unseen."""
     order_and_skip = _Addresses(counts, budget, batches.seed, skip)
-    loader = DataLoader(batches, batch_size=None, sampler=order_and_skip, num_workers=workers)
+    own = torch.Generator()  # or the loader draws from the caller's random numbers
+    loader = DataLoader(batches, batch_size=None, sampler=order_and_skip, num_workers=workers, generator=own)
     return ((epoch, members, batch) for (epoch, members), batch in zip(order_and_skip, loader, strict=False))
 
 

@@ -46,7 +46,7 @@ class Denoise(Objective):
         noise = self.sigma * rng.normal(size=atoms.positions.shape)
         noise -= noise.mean(axis=0) if len(atoms) else 0.0
         if not atoms.pbc.any() and len(atoms) > 1:
-            noise -= rigid_rotation(atoms.positions + noise, noise)
+            noise -= rigid_rotation(atoms.positions, noise)  # then it has no torque in the noisy structure either
         noisy = ase.Atoms(atoms.numbers, atoms.positions + noise, cell=atoms.cell, pbc=atoms.pbc)
         return Sample(noisy, {"forces": -noise})
 

@@ -19,14 +19,15 @@ class Potential(Objective):
     """A potential energy surface, by mean absolute errors of energy per atom, forces and stress.
 
     Errors of what is labelled once per structure, energy and stress, are rounded off below `rounding`: their gradients
-    add up coherently over all atoms, and would drown those of the forces for as long as their size did not shrink.
+    add up coherently over all atoms, and those of a plain absolute error would drown those of the forces for ever.
 
     Args:
         energy, forces, stress: weights of the errors in eV/atom, eV/Å and eV/Å³. None weights a label that is found
             by one over its RMS in the training set (energies: after per-element references) and leaves out one that is
             not; zero leaves it out.
         conservative: forces and stress are derivatives of the energy; otherwise they are outputs of their own heads.
-        rounding: "energy" and "stress" to the error (eV/atom, eV/Å³) below which they count less; None is their RMS.
+        rounding: "energy" and "stress" to the error (eV/atom, eV/Å³) below which they count less; None is the work of
+            the RMS force over 1 Å, per atom and per volume of an atom, and at least their own RMS.
     """
 
     def __init__(
@@ -74,12 +75,15 @@ class Potential(Objective):
         given = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
         found = {name: 1 / sizes[name] if name in sizes else 0.0 for name in given}
         weights = {name: found[name] if weight is None else weight for name, weight in given.items()}
-        rounding = {name: sizes[name] for name in ("energy", "stress") if name in sizes}
-        return Potential(**weights, conservative=self.conservative, rounding=self.rounding or rounding)
+        rounding = _rounding(sizes, samples) if self.rounding is None else self.rounding
+        return Potential(**weights, conservative=self.conservative, rounding=rounding)
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         shapes = {"energy": (1,), "forces": (len(atoms), 3), "stress": (1, 3, 3)}
-        return Sample(atoms, {name: label(atoms, name, shapes[name]) for name in self.weights})
+        targets = {name: label(atoms, name, shapes[name]) for name in self.weights}
+        if "stress" in targets and not (atoms.pbc.all() and atoms.cell.rank == 3):
+            targets["stress"] = np.full((1, 3, 3), np.nan)  # it is per volume, and there is none
+        return Sample(atoms, targets)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
         terms = {}
@@ -93,6 +97,15 @@ class Potential(Objective):
         return terms
 
 
+def _rounding(sizes: Mapping[str, float], samples: Sequence[Sample]) -> dict[str, float]:
+    """Where errors of energy and stress begin to count in full; empty without forces, which alone need it."""
+    if "forces" not in sizes:
+        return {}
+    volumes = [s.atoms.get_volume() / len(s.atoms) for s in samples if s.atoms.cell.rank == 3 and len(s.atoms)]
+    work = {"energy": sizes["forces"], "stress": sizes["forces"] / np.median(volumes or [1.0])}
+    return {name: float(max(sizes[name], work[name])) for name in ("energy", "stress") if name in sizes}
+
+
 def _typical_size(name: str, samples: Sequence[Sample]) -> float:
     """RMS of a label, of energies per atom and after references; zero where there is none."""
     if name != "energy":
@@ -102,4 +115,5 @@ def _typical_size(name: str, samples: Sequence[Sample]) -> float:
     if len(energies) == 0:
         return 0.0
     references = fit_references(numbers, energies, isolated_energies(name, samples))
-    return rms(np.array([(e - references[z].sum()) / len(z) for z, e in zip(numbers, energies, strict=True)]))
+    residuals = [(e - references[z].sum()) / len(z) for z, e in zip(numbers, energies, strict=True)]
+    return rms(np.array(residuals), energies)

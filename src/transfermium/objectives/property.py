@@ -83,7 +83,7 @@ class Property(Objective):
             return self
         weight = 1.0
         if self.task == "regression" and len(found):
-            weight = 1 / rms(found - found.mean())
+            weight = 1 / rms(found - found.mean(), found)
         return Property(self.name, self.kind, self.task, self.pooling, self.classes, weight)
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:

@@ -1,0 +1,336 @@
+"""The page of one run: what was trained on what, how well it does, and everything needed to do it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ase.data import atomic_numbers
+
+from ..data.labels import Label, Labels
+from ..data.split import Split
+from ..errors import InputError
+from ..evaluate import PRINTED, printable
+from ..model import Model, load
+from ..train import read_metrics
+from .figures import loss_curves, parity
+from .page import Page
+
+MOST_ROWS = 2_000  # of metrics that the page carries; metrics.csv has them all
+VERBS = {"pretrain": "trained from scratch", "finetune": "fine-tuned"}
+TITLES = {"pretrain": "Pre-training", "finetune": "Fine-tuning"}
+
+Content = Mapping[str, Any]
+
+
+def run_report(out: str | Path) -> Path:
+    """Write report.html, and report.json with its numbers, into the folder of a finished run.
+
+    Raises:
+        InputError: when `out` is not the folder of a run, or the run has not finished.
+    """
+    out = Path(out)
+    config = _read(out / "config.json", "a run of transfermium")
+    if not (out / "model.safetensors").exists():
+        raise InputError(f"{out} has no model.safetensors, so the run has not finished: give the same command again")
+    model = load(out / "model.safetensors")
+    labels = Labels.from_json(_read(out / "labels.json", "a run of transfermium"))
+    split = Split.load(out / "split.json")
+    metrics = read_metrics(out)
+    validation = _read(out / "validation.json") if (out / "validation.json").exists() else {}
+    card = model.card
+    stage = card["history"][-1]
+    names = _names(model)
+    errors = {names.get(name, name): found for name, found in validation.get("errors", {}).items()}
+    points = {names.get(name, name): found for name, found in validation.get("parity", {}).items()}
+    meant = [name.removesuffix(" per atom") for name in errors] or [entry.quantity for entry in labels.entries]
+    learned = _listed(meant or list(names.values())[:-1])
+    backbone = type(model.backbone).__name__
+    page = Page(
+        f"{TITLES.get(stage['verb'], stage['verb'])} of {backbone} on {learned}",
+        f"Run “{out.resolve().name}” · {stage['date']} · transfermium {stage['transfermium']}",
+    )
+    page.verdict(_result(errors, stage))
+    page.text(_story(model, stage, learned))
+    if any(row.get("valid") is not None for row in metrics) and _best_step(metrics) == 0:
+        start = "aligned base" if stage["verb"] == "finetune" else "untrained start"
+        page.text(
+            f"No step had a lower validation loss than the {start}, which is therefore what the model file holds: "
+            "train for longer, lower the learning rate, or give more labels."
+        )
+
+    _show_errors(page, errors, points)
+    _show_training(page, metrics)
+    _show_data(page, labels, split, card, stage)
+    if stage["verb"] == "finetune":
+        _show_alignment(page, stage["alignment"])
+    page.heading("History of the model").table(
+        [_stage_row(number, past) for number, past in enumerate(card["history"], 1)],
+        "Stages of training, oldest first.",
+        notes="Data is a fingerprint of geometries and labels; two stages with the same one saw the same data.",
+    )
+    _show_elements(page, card, errors)
+    asked = {name: value for name, value in config.items() if name != "labels"}
+    page.heading("Settings").details("As the run was asked for", _as_text(asked))
+    page.details("Architecture", _as_text(model.architecture()))
+
+    every = max(1, -(-len(metrics) // MOST_ROWS))
+    page.numbers(
+        {
+            "config": asked,
+            "labels": labels.to_json()["labels"],
+            "split": {**_sizes(split, stage), "by": split.by, "reason": split.reason},
+            "errors": validation.get("errors", {}),
+            "parity": validation.get("parity", {}),
+            "metrics": {"every": every, "rows": [r for i, r in enumerate(metrics) if i % every == 0 or "valid" in r]},
+            "parameters": _parameters(model),
+            "card": {name: value for name, value in card.items() if name != "labels"},
+        }
+    )
+    return page.write(out / "report.html")
+
+
+def _result(errors: Content, stage: Content) -> str:
+    """Errors in one sentence."""
+    parts = []
+    for name, found in errors.items():
+        unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
+        if "mae" in found:
+            shown = _power(unit) or "(no unit declared)"
+            parts.append(f"{name.removesuffix(' per atom')} {found['mae'] * factor:.4g} {shown}")
+        elif "accuracy" in found:
+            parts.append(f"{name} {100 * found['accuracy']:.1f} %")
+    if not parts:
+        return f"Trained on {_count(stage['structures'], 'structure')}; nothing was validated, so no error is known."
+    measure = "Accuracy" if all("accuracy" in found for found in errors.values()) else "Mean absolute error"
+    return f"{measure} on {_count(stage['validation structures'], 'validation structure')}: {', '.join(parts)}."
+
+
+def _story(model: Model, stage: Content, learned: str) -> str:
+    """What was trained on what."""
+    history = model.card["history"]
+    size = f"{_parameters(model):,} parameters"
+    took = f" in {_duration(stage['seconds'])}" if stage.get("seconds") else ""
+    trained = (
+        f"{learned} of {_count(stage['structures'], 'structure')} "
+        f"({_count(stage['steps'], 'optimiser step')}{took}, objective {stage['objective']['class']})"
+    )
+    levels = model.card.get("levels", {})
+    theory = f" Level of theory: {_listed([f'{name} ({n:,})' for name, n in levels.items()])}." if levels else ""
+    name = type(model.backbone).__name__
+    if stage["verb"] != "finetune" or len(history) < 2:
+        return f"A {name} with {size} was {VERBS.get(stage['verb'], stage['verb'])} on {trained}.{theory}"
+    before = _listed([f"{s['objective']['class']} on {_count(s['structures'], 'structure')}" for s in history[:-1]])
+    return f"A {name} with {size}, trained before by {before}, was fine-tuned on {trained}.{theory}"
+
+
+def _show_errors(page: Page, errors: Content, points: Content) -> None:
+    page.heading("Errors")
+    if not errors:
+        page.text(
+            "Nothing was validated in this run. “transfermium evaluate” measures the model on structures with labels."
+        )
+        return
+    notes = [
+        "The validation structures chose the checkpoint, so an error on new structures is likely somewhat larger: "
+        "measure it with “transfermium evaluate” on structures that no stage has seen."
+    ]
+    poor = [name for name, found in errors.items() if found.get("r2", 0.0) < 0]
+    if poor:
+        notes.append(f"R² is below zero for {_listed(poor)}: the mean of the labels would be a better prediction.")
+    rows = [
+        {**{column.replace("R2", "R²"): cell for column, cell in row.items()}, "quantity": name}
+        for name, row in zip(errors, printable(errors), strict=True)
+    ]
+    page.table(rows, "Errors on the validation structures.", notes=notes)
+    for name, found in points.items():
+        shown, total = len(found["label"]), errors.get(name, {}).get("n", 0)
+        some = f", {shown:,} evenly spaced components" if shown >= 2_000 else ""
+        page.figure(
+            parity(found, name, errors.get(name) if "mae" in errors.get(name, {}) else None),
+            f"Predicted against labelled {name}{f' ({total:,} labels{some})' if total else ''}. "
+            "The dashed line is where both are equal.",
+        )
+
+
+def _show_training(page: Page, metrics: Sequence[Content]) -> None:
+    page.heading("Training")
+    if not metrics:
+        page.text("No metrics are kept in this folder.")
+        return
+    checked = any(row.get("valid") is not None for row in metrics)
+    best = (
+        f" The validation loss is that of the averaged weights, all terms summed; the ring marks the best, at step "
+        f"{_best_step(metrics):,}, whose weights were kept."
+        if checked
+        else " The last averaged weights were kept."
+    )
+    page.figure(loss_curves(metrics), f"Weighted mean error of each term in the training batches.{best}")
+    page.text("Every step is in metrics.csv beside this page.")
+
+
+def _show_data(page: Page, labels: Labels, split: Split, card: Content, stage: Content) -> None:
+    page.heading("Data")
+    sizes = _sizes(split, stage)
+    parts = f"{sizes['train']:,} structures trained the model and {sizes['valid']:,} chose the checkpoint"
+    test = f"; {sizes['test']:,} more are set apart for a test" if sizes["test"] else ""
+    page.text(f"{parts}{test}. Split: {split.reason or split.by}. Its indices are in split.json beside this page.")
+    if labels.entries:
+        page.table([_label_row(entry) for entry in labels.entries], "Labels, where they were found and their range.")
+    else:
+        page.text("This objective needs no labels.")
+    seen = sorted(card.get("elements", {}).items(), key=lambda item: (-item[1], item[0]))
+    if seen:
+        most = ", ".join(f"{symbol} ({n:,})" for symbol, n in seen[:6])
+        page.text(
+            f"{_count(len(seen), 'element')} seen in training, all stages together; by number of atoms: "
+            f"{most}{' and others' if len(seen) > 6 else ''}."
+        )
+
+
+def _show_alignment(page: Page, report: Content) -> None:
+    page.heading("Alignment with the base")
+    kept = report.get("kept heads", [])
+    page.text(f"Heads kept from the base: {_listed(kept)}." if kept else "No head was kept: all outputs are new.")
+    for name, factor in report.get("scale", {}).items():
+        page.text(f"The scale of {name} was fitted to the new labels (× {factor:.3g}), before the first step.")
+    for name, shift in report.get("shift", {}).items():
+        page.text(f"Predictions of {name} were shifted by {shift:+.4g}, before the first step.")
+    shifts = report.get("reference shift (eV)", {})
+    if shifts:
+        low, high = min(shifts, key=shifts.__getitem__), max(shifts, key=shifts.__getitem__)
+        between = f"between {shifts[low]:+.3f} ({low}) and {shifts[high]:+.3f} eV ({high})"
+        page.text(
+            f"Reference energies were fitted again before the first step and moved by "
+            f"{between if low != high else f'{shifts[low]:+.3f} eV ({low})'} per atom; each shift is in the table of "
+            f"elements. Compositions tell {report['elements told apart']} elements apart: where they do not, only sums "
+            "of shifts have a meaning."
+        )
+    elif kept and not report.get("shift"):
+        page.text("No reference was fitted again.")
+
+
+def _show_elements(page: Page, card: Content, errors: Content) -> None:
+    references = card.get("references (eV)", {})
+    shifts = card["history"][-1]["alignment"].get("reference shift (eV)", {})
+    rows = []
+    for symbol, n in sorted(card.get("elements", {}).items(), key=lambda item: atomic_numbers.get(item[0], 0)):
+        row = {"element": symbol, "atoms in training": n}
+        if len(card["history"]) > 1:
+            row["in last stage"] = symbol in card.get("elements in last stage", [])
+        if symbol in references:
+            row["reference (eV)"] = f"{references[symbol]:.3f}"
+        if symbol in shifts:
+            row["shift (eV)"] = f"{shifts[symbol]:+.3f}"
+        for name, found in errors.items():
+            unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
+            error = found.get("per_element", {}).get(symbol)
+            row[f"MAE {name} ({unit})" if unit else f"MAE {name}"] = None if error is None else error * factor
+        rows.append(row)
+    page.heading("Element by element").table(
+        rows,
+        "Atoms seen and, where there are any, reference energies and mean absolute errors on validation structures.",
+        notes="Errors of what each atom has are those on atoms of the element; others are those of structures that "
+        "contain it."
+        if errors
+        else None,
+    )
+
+
+def _label_row(entry: Label) -> dict[str, Any]:
+    if entry.classes:
+        more = ", …" if len(entry.classes) > 6 else ""
+        spread = f"{len(entry.classes)} classes: {', '.join(entry.classes[:6])}{more}"
+    elif entry.minimum is None or entry.maximum is None:
+        spread = ""
+    else:
+        spread = f"{entry.minimum:.5g} … {entry.maximum:.5g}"
+    converted = entry.given_unit not in (None, entry.unit)
+    return {
+        "quantity": entry.quantity,
+        "key": ", ".join(f"{key} ({place})" for place, key, _ in entry.keys),
+        "per": entry.per,
+        "unit": _power(f"{entry.given_unit} → {entry.unit}" if converted else entry.unit),
+        "structures": f"{entry.count:,} of {entry.total:,}",
+        "range": spread,
+        "RMS": entry.rms,
+        **({"also found": ", ".join(entry.also_found)} if entry.also_found else {}),
+    }
+
+
+def _stage_row(number: int, stage: Content) -> dict[str, Any]:
+    best = stage.get("best validation loss")
+    return {
+        "stage": str(number),
+        "verb": stage["verb"],
+        "objective": stage["objective"]["class"],
+        "structures": stage["structures"],
+        "validation": stage["validation structures"],
+        "steps": stage["steps"],
+        "time": _duration(stage["seconds"]) if stage.get("seconds") else "",
+        "best loss": "" if best is None else f"{best:.4g}",
+        "data": stage["data"],
+        "date": stage["date"],
+        "version": stage["transfermium"],
+    }
+
+
+def _sizes(split: Split, stage: Content) -> dict[str, int]:
+    """Numbers of structures; validation structures that were given are in no split."""
+    test = 0 if split.test is None else len(split.test)
+    return {"train": stage["structures"], "valid": stage["validation structures"], "test": test}
+
+
+def _best_step(metrics: Sequence[Content]) -> int:
+    return int(min((row["valid"], row["step"]) for row in metrics if row.get("valid") is not None)[1])
+
+
+def _names(model: Model) -> dict[str, str]:
+    """What to call the outputs: forces of a denoising model are displacements."""
+    names = {name: meaning for name, (meaning, _) in model.card.get("quantities", {}).items()}
+    return {**names, "energy_per_atom": f"{names.get('energy', 'energy')} per atom"}
+
+
+def _parameters(model: Model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _power(unit: str) -> str:
+    return unit.replace("^2", "²").replace("^3", "³")
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _as_text(content: Any, indent: str = "") -> str:
+    """Nested settings as indented lines, for people."""
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{name}:", _as_text(value, indent + "  ")]
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines.append(f"{indent}{name}: {text}")
+    return "\n".join(lines)
+
+
+def _read(path: Path, what: str = "") -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path.parent} is not {what}: it has no readable {path.name}") from None
+    except ValueError:
+        raise InputError(f"{path} is not complete JSON: delete it and give the command of the run again") from None

@@ -1,0 +1,1 @@
+"""Comparisons that tell what pre-training saved."""
