@@ -3,8 +3,8 @@
     python recipes/matbench.py --data DIR
 
 Pre-trains on the PBE crystals of `mattersim_benchmarks` (without its highest-stress file), fine-tunes on official
-folds of `matbench_phonons` and `matbench_jdft2d`. Beside it, the same model from scratch with the same fine-tuning steps, and from
-scratch with the compute of pre-training plus fine-tuning. About an hour on one core.
+folds of `matbench_phonons` and `matbench_jdft2d`. Beside it, the same model from scratch with the same fine-tuning
+steps, and from scratch with the compute of pre-training plus fine-tuning. About an hour on one core.
 """
 
 from ase.formula import Formula
@@ -15,7 +15,7 @@ import transfermium as tm
 FILES = ("alexandria-random-1k", "mpf-TP", "mpf-alkali-TP", "mptrj-random-1k", "random-TP")
 TASKS = {"matbench_jdft2d": "exfoliation_en", "matbench_phonons": "last_phdos_peak"}
 
-args = arguments(__doc__, width=32, pretraining=1500, steps=600, seeds=2, folds="0", tasks=",".join(TASKS))
+args = arguments(__doc__, width=32, pretraining=1000, steps=1200, seeds=2, folds="0", tasks=",".join(TASKS))
 cheap = tm.read(*(args.data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in FILES))
 tables = {task: tm.read(args.data / f"{task}/all.extxyz.xz") for task in TASKS}
 
@@ -39,7 +39,7 @@ for fold in map(int, args.folds.split(",")):
         test = [a for a in tables[task] if a.info["test_fold"] == fold]
         train = [a for a in tables[task] if a.info["test_fold"] != fold]
         objective, run = tm.Property(TASKS[task]), f"{args.runs}/{task}-{fold}-{seed}"
-        options = {"seed": seed, "lr": 1e-3}
+        options = {"seed": seed, "lr": 1e-3, "edges": 5_000}
 
         scratch, cpu = timed(
             tm.pretrain, train, objective, architecture(), steps=args.steps, out=f"{run}-scratch", **options

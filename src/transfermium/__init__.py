@@ -4,7 +4,8 @@ __version__ = "0.1.0"
 
 from .backbones import CGCNN, Backbone, Features, PaiNN, TensorNet
 from .calculator import Calculator
-from .data import read
+from .crystals import crystals
+from .data import PackedSet, pack, read
 from .errors import InputError
 from .evaluate import evaluate, predict
 from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
@@ -27,6 +28,7 @@ __all__ = [
     "InputError",
     "Model",
     "Objective",
+    "PackedSet",
     "PaiNN",
     "Potential",
     "Property",
@@ -36,9 +38,11 @@ __all__ = [
     "TensorNet",
     "TrainConfig",
     "VectorHead",
+    "crystals",
     "evaluate",
     "finetune",
     "load",
+    "pack",
     "predict",
     "pretrain",
     "read",

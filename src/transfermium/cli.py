@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import rich
 import yaml
+from rich.text import Text
 
 from . import __version__
 from .backbones import Backbone
@@ -28,15 +30,22 @@ Arguments = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or with 2 and one sentence when the input cannot be used."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
     try:
-        parser = _parser()
         arguments = parser.parse_args(argv)
         verb = arguments.pop("verb")
         values = parser.instantiate_classes(arguments)[verb].as_dict()
         values.pop("config", None)
         VERBS[verb](values)
+    except Misuse as error:
+        _fail(_readable(str(error), _options(parser, next(iter(argv), ""))))
     except InputError as error:
         _fail(str(error))
+    except ValueError as error:
+        if not isinstance(error.__cause__, InputError):  # raised by a constructor, wrapped by jsonargparse
+            raise
+        _fail(str(error.__cause__))
     except KeyboardInterrupt:
         _fail("interrupted: the same command goes on where it was last saved", 130)
     except BrokenPipeError:
@@ -131,11 +140,18 @@ VERBS: dict[str, Callable[[Arguments], None]] = {
 }
 
 
+class Misuse(InputError):
+    """What jsonargparse says of a command line, before it is put into one sentence."""
+
+
 class Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are one sentence with the nearest valid name."""
+    """A parser that raises what is wrong, and takes options only by their whole names."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(_readable(message, self))
+        raise Misuse(message)
 
 
 def _parser() -> Parser:
@@ -244,7 +260,7 @@ def _with_pairs(arguments: Arguments) -> Arguments:
 
 def _trained(model: Any, out: str, run_report: Callable[[Path], Path]) -> None:
     report = run_report(Path(out))
-    console.print(f"Model: {Path(out) / 'model.safetensors'}\nReport: {report}")
+    console.print(f"Model: {Path(out) / 'model.safetensors'}\nReport: {report}", markup=False, soft_wrap=True)
 
 
 def _show_configuration(verb: str, arguments: Arguments) -> None:
@@ -256,27 +272,67 @@ def _show_configuration(verb: str, arguments: Arguments) -> None:
         if value not in (None, [])
     }
     console.print(f"[bold]transfermium {verb}[/bold]")
-    console.print(
-        yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True).rstrip(), style="dim"
-    )
+    console.print(_yaml(shown).rstrip(), style="dim", markup=False, soft_wrap=True)
 
 
 def _yaml(content: Any) -> str:
     return yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True, width=110)
 
 
-def _readable(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """The parser's message in one sentence, with the valid names nearest to an unknown one."""
-    text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
-    options = [option for action in parser._actions for option in action.option_strings]
-    names = [option.lstrip("-") for option in options]
-    unknown = re.search(r"(?:Unrecognized arguments|[Kk]ey).*?['\s]-{0,2}([\w.-]+)", text)
-    near = difflib.get_close_matches(unknown.group(1), names, n=2) if unknown else []
-    return f"{text}{f' (did you mean {chr(32).join(near)}?)' if near else ''}"
+def _readable(message: str, options: Sequence[str]) -> str:
+    """What jsonargparse says in one sentence, with the valid names nearest to an unknown one."""
+    text = " ".join(message.split())
+    keys = re.findall(r'Parser key "([\w.-]+)"', text)  # the outer first
+    option = f"--{'.'.join(keys)}"
+    bases: dict[str, type] = {"objective": Objective, "backbone": Backbone}
+    classes = _subclasses(bases[keys[0]]) if keys and keys[0] in bases else []
+
+    if found := re.search(r"(?:nrecognized arguments:|does not accept option) '?([\w.-]+)", text):
+        names = options if found[1].startswith("-") else [option.lstrip("-") for option in options]
+        return f"there is no option {found[1]}{_nearest(found[1], names)}"
+    if found := re.search(r"Option '([\w.-]+)' is not accepted", text):
+        names = [name for cls in classes for name in inspect.signature(cls).parameters]
+        return f"{option} has no option '{found[1]}'{_nearest(found[1], names)}"
+    if classes and (found := re.search(r"Expected a (?:path but|dot import path string:) (\S+)", text)):
+        names = sorted(cls.__name__ for cls in classes)
+        return f"there is no {keys[0]} '{found[1]}', only {', '.join(names)}{_nearest(found[1], names)}"
+    if found := re.search(r"arguments are required: ([\w.]+)", text):
+        verb, _, name = found[1].rpartition(".")
+        positional = name in ("data", "model", "base")
+        return f"{verb or keys[0]} needs {name if positional else '--' + '.'.join([*keys, name])}"
+    if found := re.search(r"invalid choice: '(\S+)'", text):
+        return f"there is no verb '{found[1]}', only {', '.join(VERBS)}{_nearest(found[1], list(VERBS))}"
+    if 'expected "verb"' in text:
+        return f"give a verb: {', '.join(VERBS)}"
+    if found := re.search(r"File does not exist: (\S+)", text):
+        return f"{option}: there is no file {found[1]}"
+    if value := re.search(r"(?:Given|Got) value: (\S+)", text):
+        choices = re.search(r"Expected a typing.Literal\[(.*?)\]", text)
+        kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", text) if kind != "NoneType"]
+        if choices or kinds:
+            return f"{option} is {value[1]}, but must be {f'one of {choices[1]}' if choices else kinds[0]}"
+    return text
+
+
+def _options(parser: Parser, verb: str) -> list[str]:
+    """The options of a verb."""
+    verbs = next(action._name_parser_map for action in parser._actions if hasattr(action, "_name_parser_map"))
+    return [option for action in verbs[verb]._actions for option in action.option_strings] if verb in verbs else []
+
+
+def _subclasses(base: type) -> list[type]:
+    found: list[type] = base.__subclasses__()
+    return [cls for direct in found for cls in (direct, *_subclasses(direct))]
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, dict.fromkeys(names), n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
-    console.print(f"[bold red]error:[/bold red] {message}", markup=True, soft_wrap=True)
+    line = " ".join(part.strip() for part in message.splitlines())
+    console.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
     sys.exit(status)
 
 

@@ -55,9 +55,8 @@ def evaluate(
     objective = objective_of(model)
     given = read(structures)
     wanted = objective.labels()
-    labels = resolve(
-        given, list(wanted), labels=label, units=unit, optional=[n for n, must in wanted.items() if not must]
-    )
+    either = list(wanted) if len(wanted) > 1 else []  # whatever it was trained on, any of its labels can be compared
+    labels = resolve(given, list(wanted), labels=label, units=unit, optional=either)
     if wanted and not labels.entries:
         raise InputError(
             f"no structure has any of the labels {', '.join(wanted)}: name their keys with --label NAME=KEY"

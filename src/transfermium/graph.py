@@ -135,7 +135,7 @@ def to_graph(
         start += len(atoms)
 
     counts = [len(atoms) for atoms in structures]
-    cells = [np.asarray(atoms.cell) * atoms.pbc[:, None] for atoms in structures]
+    cells = [np.where(atoms.pbc[:, None], atoms.cell.array, 0.0) for atoms in structures]
     return AtomGraph(
         positions=_real(np.concatenate([atoms.positions for atoms in structures])),
         atomic_numbers=torch.from_numpy(np.concatenate([atoms.numbers for atoms in structures]).astype(np.int64)),
@@ -169,7 +169,7 @@ def _checked(atoms: ase.Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if np.ptp(positions, axis=0).max() > LARGEST_EXTENT:
         raise InputError(f"{name} is larger than {LARGEST_EXTENT:.0f} Å: are its positions in Å?")
 
-    cell = np.asarray(atoms.cell) * periodic[:, None]
+    cell = np.where(periodic[:, None], atoms.cell.array, 0.0)
     if periodic.any():
         axes = cell[periodic]
         if not np.isfinite(axes).all() or np.linalg.matrix_rank(axes, tol=1e-8) < len(axes):

@@ -211,9 +211,9 @@ class _Run:
         with closing(Metrics(self.out, self.step)) as metrics:
             start = saved = time.monotonic()
             before = self.elapsed
-            if self.step == 0 and self.best is None:
-                if (loss_at_start := self._validate()) is not None:
-                    metrics.write({"step": 0, "valid": loss_at_start})
+            fresh = self.step == 0 and self.best is None
+            if fresh and (loss_at_start := self._validate()) is not None:
+                metrics.write({"step": 0, "valid": loss_at_start})
 
             stream = training_batches(self.batches, self.counts, self.config.edges, self.step, self.config.workers)
             while not self.finished and (fraction := self._fraction()) < 1:

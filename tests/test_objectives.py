@@ -1,0 +1,324 @@
+"""Objectives: what is asked of a structure, and how its labels are weighed."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+
+import transfermium as tm
+from transfermium.errors import InputError
+from transfermium.graph import Batch, Cutoff, Sample, to_batch
+from transfermium.model import described
+from transfermium.objectives.base import absolute_errors, label
+from transfermium.objectives.denoise import rigid_rotation
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def samples_of(objective: tm.Objective, structures: list[Atoms]) -> list[Sample]:
+    return [objective.prepare(atoms, rng(i)) for i, atoms in enumerate(structures)]
+
+
+def batch_of(objective: tm.Objective, structures: list[Atoms]) -> Batch:
+    return to_batch(samples_of(objective, structures), Cutoff(4.0))
+
+
+def labelled(structures: list[Atoms], name: str, labels: Any) -> list[Atoms]:
+    for atoms, value in zip(structures, labels, strict=True):
+        atoms.info[name] = value
+    return structures
+
+
+@pytest.fixture
+def computed(crystal: Atoms, alloy: Atoms) -> list[Atoms]:
+    """Two crystals with energy, forces and stress."""
+    for k, atoms in enumerate((crystal, alloy)):
+        random = rng(k)
+        stress = 0.01 * random.normal(size=(3, 3))
+        atoms.info["energy"] = -4.0 * len(atoms) + random.normal()
+        atoms.info["stress"] = stress + stress.T
+        atoms.set_array("forces", random.normal(size=(len(atoms), 3)))
+    return [crystal, alloy]
+
+
+# ------------------------------------------------------------------------------------------------------------ denoise
+
+
+def test_noise_is_the_way_back(structures: list[Atoms]) -> None:
+    for atoms in structures:
+        sample = tm.Denoise().prepare(atoms, rng())
+        np.testing.assert_allclose(sample.atoms.positions + sample.targets["forces"], atoms.positions, atol=1e-12)
+
+
+def test_noise_has_no_mean(structures: list[Atoms]) -> None:
+    for atoms in structures:
+        noise = tm.Denoise().prepare(atoms, rng()).targets["forces"]
+        np.testing.assert_allclose(noise.mean(axis=0), 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.0])
+def test_noise_does_not_turn_molecules(molecule: Atoms, sigma: float) -> None:
+    """Around the noisy positions, where a conservative model is asked: its forces have no torque there."""
+    noisy, targets, _ = tm.Denoise(sigma).prepare(molecule, rng())
+    np.testing.assert_allclose(np.cross(noisy.positions, targets["forces"]).sum(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(np.cross(molecule.positions, targets["forces"]).sum(axis=0), 0, atol=1e-12)
+
+
+def test_noise_keeps_its_size(alloy: Atoms, molecule: Atoms) -> None:
+    """A fraction 1 - 1/n of the variance is left without the mean, 1 - 2/n without the rotation of a molecule too."""
+    for atoms, left in ((alloy, 1 - 1 / len(alloy)), (molecule, 1 - 2 / len(molecule))):
+        noise = [tm.Denoise(sigma=0.2).prepare(atoms, rng(seed)).targets["forces"] for seed in range(400)]
+        assert np.mean(np.square(noise)) == pytest.approx(0.2**2 * left, rel=0.05)
+
+
+def test_noise_is_fresh_for_every_rng(molecule: Atoms) -> None:
+    objective = tm.Denoise()
+    first, same, other = (objective.prepare(molecule, rng(seed)).atoms.positions for seed in (1, 1, 2))
+    assert np.array_equal(first, same)
+    assert not np.isclose(first, other).any()
+    generator = rng(1)
+    again, next_one = (objective.prepare(molecule, generator).atoms.positions for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.isclose(again, next_one).any()
+
+
+def test_noise_on_one_atom_is_none(lone_atom: Atoms) -> None:
+    assert not tm.Denoise().prepare(lone_atom, rng()).targets["forces"].any()
+
+
+def test_noisy_structures_keep_cell_and_elements(crystal: Atoms) -> None:
+    noisy = tm.Denoise().prepare(crystal, rng()).atoms
+    assert np.array_equal(noisy.numbers, crystal.numbers)
+    assert np.array_equal(noisy.cell, crystal.cell)
+    assert noisy.pbc.all()
+
+
+def test_a_gradient_step_along_a_perfect_answer_restores(crystal: Atoms) -> None:
+    """-dE/dx of E = |x - x0|²/2 is the target, so that relaxing the learned energy restores the structure."""
+    noisy, targets, _ = tm.Denoise().prepare(crystal, rng())
+    x = torch.from_numpy(noisy.positions).requires_grad_()
+    energy = (x - torch.from_numpy(crystal.positions)).square().sum() / 2
+    (slope,) = torch.autograd.grad(energy, x)
+    np.testing.assert_allclose(-slope, targets["forces"], atol=1e-12)
+
+
+def test_rigid_rotations_are_found_whole() -> None:
+    random = rng()
+    positions = random.normal(size=(6, 3))
+    turning = np.cross(random.normal(size=3), positions - positions.mean(axis=0))
+    np.testing.assert_allclose(rigid_rotation(positions, turning), turning, atol=1e-12)
+    line = np.outer(np.arange(4.0), [0, 0, 1])  # the axis of a linear molecule turns nothing
+    assert np.isfinite(rigid_rotation(line, random.normal(size=(4, 3)))).all()
+
+
+def test_the_loss_is_in_units_of_sigma(crystal: Atoms) -> None:
+    objective = tm.Denoise(sigma=0.25)
+    batch = batch_of(objective, [crystal])
+    total, count = objective.loss({"forces": torch.zeros(2, 3)}, batch)["forces"]
+    assert float(total) == pytest.approx(float(batch.targets["forces"].abs().sum()) / 0.25)
+    assert int(count) == 6
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.1, 10.0, np.nan])
+def test_sigma_has_to_make_sense(sigma: float) -> None:
+    with pytest.raises(InputError, match="noise must be above 0 and below 5 Å"):
+        tm.Denoise(sigma)
+
+
+# ---------------------------------------------------------------------------------------------------------- potential
+
+
+def test_weights_that_are_not_given_are_one_over_the_rms(computed: list[Atoms]) -> None:
+    settled = tm.Potential().settled(samples_of(tm.Potential(), computed))
+    forces = np.concatenate([atoms.arrays["forces"] for atoms in computed])
+    stress = np.stack([atoms.info["stress"] for atoms in computed])
+    assert settled.forces == pytest.approx(1 / np.sqrt(np.mean(forces**2)))
+    assert settled.stress == pytest.approx(1 / np.sqrt(np.mean(stress**2)))
+
+
+def test_the_energy_weight_is_that_of_what_references_leave() -> None:
+    structures = [bulk("Cu", a=a) for a in (3.5, 3.6, 3.7)] + [bulk("Au", a=a) for a in (4.0, 4.1)]
+    labelled(structures, "energy", [-99.0, -100.0, -101.0, 51.0, 49.0])
+    settled = tm.Potential().settled(samples_of(tm.Potential(), structures))
+    assert settled.energy == pytest.approx(1 / np.sqrt(4 / 5), rel=1e-4)
+
+
+def test_labels_that_are_not_there_have_no_weight(crystal: Atoms) -> None:
+    settled = tm.Potential().settled(samples_of(tm.Potential(), labelled([crystal], "energy", [-3.0])))
+    assert (settled.forces, settled.stress) == (0.0, 0.0)
+    assert settled.labels().keys() == {"energy"}
+    assert settled.prepare(crystal, rng()).targets.keys() == {"energy"}
+
+
+def test_given_weights_stay(computed: list[Atoms]) -> None:
+    given = tm.Potential(energy=2.0, forces=0.0)
+    settled = given.settled(samples_of(given, computed))
+    assert (settled.energy, settled.forces) == (2.0, 0.0)
+    assert settled.stress is not None and settled.stress > 0
+    assert described(settled.settled(samples_of(settled, computed))) == described(settled)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_energies_without_spread_weigh_one(n: int) -> None:
+    structures = labelled([bulk("Cu") for _ in range(n)], "energy", [-45_678.901] * n)
+    assert tm.Potential().settled(samples_of(tm.Potential(), structures)).energy == 1.0
+
+
+def test_a_potential_without_any_label_is_an_error(crystal: Atoms) -> None:
+    with pytest.raises(InputError, match="no structure has an energy, forces or a stress"):
+        tm.Potential().settled(samples_of(tm.Potential(), [crystal]))
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("name", ["energy", "forces", "stress"])
+def test_weights_have_to_be_finite_and_not_negative(name: str, weight: float) -> None:
+    with pytest.raises(InputError, match=f"the weight of {name} is {weight}, but must be zero or positive"):
+        tm.Potential(**{name: weight})  # type: ignore[arg-type]
+
+
+def test_a_potential_has_to_learn_something() -> None:
+    with pytest.raises(InputError, match="nothing to learn"):
+        tm.Potential(energy=0.0, forces=0.0, stress=0.0)
+
+
+def test_energies_are_compared_per_atom(computed: list[Atoms]) -> None:
+    objective = tm.Potential(energy=3.0, forces=0.0, stress=0.0)
+    batch = batch_of(objective, computed)
+    off = {"energy": batch.targets["energy"] + torch.tensor([2.0, 8.0])}  # 1 eV/atom each
+    total, count = objective.loss(off, batch)["energy"]
+    assert float(total) == pytest.approx(6.0)
+    assert int(count) == 2
+
+
+def test_small_errors_of_energies_are_rounded_off(computed: list[Atoms]) -> None:
+    objective = tm.Potential(energy=1.0, forces=0.0, stress=0.0, rounding={"energy": 0.1})
+    batch = batch_of(objective, computed[:1])
+
+    def error_at(offset: float) -> float:
+        return float(objective.loss({"energy": batch.targets["energy"] + 2 * offset}, batch)["energy"][0])
+
+    assert error_at(1e-3) == pytest.approx(1e-3**2 / 0.2, rel=1e-3)
+    assert error_at(100.0) == pytest.approx(100.0 - 0.1, rel=1e-3)
+
+
+def test_conservative_or_direct_is_one_argument() -> None:
+    kinds = {name: type(output) for name, output in tm.Potential().outputs(8).items()}
+    assert kinds == {"energy": tm.EnergyHead, "forces": tm.Gradient, "stress": tm.Strain}
+    kinds = {name: type(output) for name, output in tm.Potential(conservative=False, stress=0.0).outputs(8).items()}
+    assert kinds == {"energy": tm.EnergyHead, "forces": tm.VectorHead}
+
+
+@pytest.mark.parametrize("conservative", [True, False])
+def test_a_stress_without_a_volume_counts_as_missing(computed: list[Atoms], conservative: bool) -> None:
+    slab = computed[0].copy()
+    slab.pbc = [True, True, False]
+    objective = tm.Potential(conservative=conservative)
+    batch = batch_of(objective, [computed[0], slab])
+    model = tm.Model(tm.PaiNN(8, depth=1, cutoff=4.0), objective.outputs(8))
+    terms = objective.loss(model(batch.graph, batch.targets), batch)
+    assert int(terms["stress"][1]) == 9
+    assert all(bool(total.isfinite()) for total, _ in terms.values())
+    assert np.isfinite(slab.info["stress"]).all()
+
+
+def test_labels_are_found_where_ase_keeps_them(crystal: Atoms) -> None:
+    crystal.calc = SinglePointCalculator(crystal, energy=-3.0, forces=np.ones((2, 3)))
+    targets = tm.Potential().prepare(crystal, rng()).targets
+    assert targets["energy"].tolist() == [-3.0]
+    assert targets["forces"].shape == (2, 3)
+    assert np.isnan(targets["stress"]).all()
+
+
+def test_a_label_of_the_wrong_shape_is_an_error(crystal: Atoms) -> None:
+    for value, message in (("high", "the label 'gap' is 'high', but must be a number"), ([1.0, 2.0], "a number")):
+        crystal.info["gap"] = value
+        with pytest.raises(InputError, match=message):
+            label(crystal, "gap", (1,))
+
+
+def test_errors_are_counted_where_there_are_labels() -> None:
+    output = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    target = torch.tensor([[1.5, torch.nan], [torch.nan, 1.0]], dtype=torch.float64)
+    total, count = absolute_errors(output, target, 2.0)
+    total.backward()
+    assert (total.item(), int(count)) == (7.0, 2)
+    assert output.grad is not None
+    assert output.grad.tolist() == [[-2.0, 0.0], [0.0, 2.0]]
+
+
+# ----------------------------------------------------------------------------------------------------------- property
+
+
+def test_a_property_weighs_one_over_its_spread(structures: list[Atoms]) -> None:
+    objective = tm.Property("gap")
+    settled = objective.settled(samples_of(objective, labelled(structures, "gap", [1.0, 3.0, 1.0, 3.0])))
+    assert settled.weight == pytest.approx(1.0)
+    settled = objective.settled(samples_of(objective, labelled(structures, "gap", [10.0, 30.0, 10.0, 30.0])))
+    assert settled.weight == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 100_000.1])
+def test_a_property_without_spread_weighs_one(value: float) -> None:
+    objective = tm.Property("gap")
+    structures = labelled([bulk("Cu") for _ in range(3)], "gap", [value] * 3)
+    assert objective.settled(samples_of(objective, structures)).weight == 1.0
+
+
+def test_a_given_weight_stays(crystal: Atoms) -> None:
+    objective = tm.Property("gap", weight=7.0)
+    assert objective.settled(samples_of(objective, labelled([crystal], "gap", [1.0]))).weight == 7.0
+
+
+@pytest.mark.parametrize(
+    ("objective", "head"),
+    [
+        (tm.Property("x"), tm.ScalarHead(8)),
+        (tm.Property("x", pooling="attention"), tm.ScalarHead(8, "attention")),
+        (tm.Property("x", "extensive"), tm.ScalarHead(8, "sum")),
+        (tm.Property("x", "per-atom"), tm.AtomHead(8)),
+        (tm.Property("x", task="classification", classes=4), tm.ClassHead(8, 4)),
+        (tm.Property("x", "per-atom", "classification"), tm.AtomHead(8, 2)),
+    ],
+)
+def test_the_kind_of_a_property_chooses_its_head(objective: tm.Property, head: tm.Head) -> None:
+    assert {name: described(output) for name, output in objective.outputs(8).items()} == {"x": described(head)}
+
+
+@pytest.mark.parametrize("wrong", [2, -1, 0.5])
+def test_classes_have_to_be_numbered(structures: list[Atoms], wrong: float) -> None:
+    objective = tm.Property("metal", task="classification")
+    labelled(structures, "metal", [0, 1, wrong, np.nan])
+    with pytest.raises(InputError, match=f"'metal' has the label {wrong:g}, but 2 classes are numbered 0 to 1"):
+        objective.settled(samples_of(objective, structures))
+
+
+def test_cross_entropy_leaves_out_what_has_no_class(structures: list[Atoms]) -> None:
+    objective = tm.Property("metal", task="classification", weight=2.0)
+    batch = batch_of(objective, labelled(structures, "metal", [0, 1, np.nan, 1]))
+    scores = torch.zeros(4, 2, requires_grad=True)
+    total, count = objective.loss({"metal": scores}, batch)["metal"]
+    total.backward()
+    assert total.item() == pytest.approx(2 * 3 * np.log(2))
+    assert int(count) == 3
+    assert scores.grad is not None
+    assert not scores.grad[2].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "local"}, "kind is 'local', but must be one of intensive, extensive, per-atom"),
+        ({"task": "ranking"}, "task is 'ranking', but must be one of regression, classification"),
+        ({"kind": "extensive", "task": "classification"}, "a class cannot be extensive"),
+        ({"name": "band gap"}, "'band gap' cannot name a property"),
+    ],
+)
+def test_a_property_that_makes_no_sense_is_an_error(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tm.Property(**{"name": "x", **arguments})
