@@ -19,9 +19,10 @@ import yaml
 from rich.text import Text
 
 from . import __version__
-from .backbones import Backbone
+from .backbones import Backbone, TensorNet
 from .console import console, table
 from .errors import InputError
+from .model import described, subclasses
 from .objectives import Objective
 from .train import TrainConfig
 
@@ -31,15 +32,14 @@ Arguments = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or with 2 and one sentence when the input cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
-        verb = arguments.pop("verb")
-        values = parser.instantiate_classes(arguments)[verb].as_dict()
+        arguments = _parsed(_spelled(argv))
+        verb = arguments["verb"]
+        values = arguments[verb].as_dict()
         values.pop("config", None)
         VERBS[verb](values)
     except Misuse as error:
-        _fail(_readable(str(error), _options(parser, next(iter(argv), ""))))
+        _fail(_readable(str(error), _options(next(iter(argv), ""))))
     except InputError as error:
         _fail(str(error))
     except ValueError as error:
@@ -68,6 +68,7 @@ def pretrain(arguments: Arguments) -> None:
     from .report import run_report
     from .transfer import pretrain as run
 
+    arguments["backbone"] = arguments["backbone"] or TensorNet()
     _show_configuration("pretrain", arguments)
     model = run(arguments.pop("data"), **_with_pairs(arguments))
     _trained(model, arguments["out"], run_report)
@@ -154,13 +155,36 @@ class Parser(jsonargparse.ArgumentParser):
         raise Misuse(message)
 
 
-def _parser() -> Parser:
+def _spelled(argv: Sequence[str]) -> list[str]:
+    """The same arguments; an option may be spelled with - or _ between its words."""
+    known = {option.replace("_", "-"): option for option in _options(next(iter(argv), ""))}
+    words = []
+    for word in argv:
+        option, equals, value = word.partition("=")
+        words.append(known.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word)
+    return words
+
+
+def _parsed(argv: Sequence[str]) -> jsonargparse.Namespace:
+    """Arguments with objects made of classes; options of a backbone that is not named are those of TensorNet.
+
+    TensorNet is offered as default only then: jsonargparse would leave its arguments to the class that is named.
+    """
+    try:
+        parser = _parser()
+        return parser.instantiate(parser.parse_args(argv))
+    except Misuse:
+        parser = _parser(backbone={"class_path": "TensorNet"})
+        return parser.instantiate(parser.parse_args(argv))
+
+
+def _parser(backbone: Arguments | None = None) -> Parser:
     parser = Parser(
         prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__
     )
     verbs = parser.add_subcommands(dest="verb", metavar="VERB")
     verbs.add_subcommand("demo", _demo_parser(), help=demo.__doc__)
-    verbs.add_subcommand("pretrain", _training_parser(), help=pretrain.__doc__)
+    verbs.add_subcommand("pretrain", _training_parser(backbone=backbone), help=pretrain.__doc__)
     verbs.add_subcommand("finetune", _training_parser("base"), help=finetune.__doc__)
     verbs.add_subcommand("evaluate", _evaluate_parser(), help=evaluate.__doc__)
     verbs.add_subcommand("predict", _predict_parser(), help=predict.__doc__)
@@ -169,7 +193,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _training_parser(base: str | None = None) -> Parser:
+def _training_parser(base: str | None = None, backbone: Arguments | None = None) -> Parser:
     parser = Parser()
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     if base:
@@ -179,9 +203,8 @@ def _training_parser(base: str | None = None) -> Parser:
     if base:
         parser.add_argument("--align", type=bool, default=True, help="fit reference energies to the new labels first")
     else:
-        parser.add_subclass_arguments(
-            Backbone, "backbone", default={"class_path": "TensorNet"}, help="the architecture"
-        )
+        help = "the architecture, TensorNet by default"
+        parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
     parser.add_argument("--out", type=str, required=True, help="run folder; the same command resumes")
     parser.add_argument("--valid", nargs="+", type=str, default=None, help="structures that choose the checkpoint")
     parser.add_argument("--valid-fraction", type=float, default=0.1, help="or this fraction of the data")
@@ -264,8 +287,6 @@ def _trained(model: Any, out: str, run_report: Callable[[Path], Path]) -> None:
 
 
 def _show_configuration(verb: str, arguments: Arguments) -> None:
-    from .model import described
-
     shown = {
         name: described(value) if isinstance(value, Objective | Backbone) else value
         for name, value in arguments.items()
@@ -285,7 +306,7 @@ def _readable(message: str, options: Sequence[str]) -> str:
     keys = re.findall(r'Parser key "([\w.-]+)"', text)  # the outer first
     option = f"--{'.'.join(keys)}"
     bases: dict[str, type] = {"objective": Objective, "backbone": Backbone}
-    classes = _subclasses(bases[keys[0]]) if keys and keys[0] in bases else []
+    classes = subclasses(bases[keys[0]]) if keys and keys[0] in bases else []
 
     if found := re.search(r"(?:nrecognized arguments:|does not accept option) '?([\w.-]+)", text):
         names = options if found[1].startswith("-") else [option.lstrip("-") for option in options]
@@ -314,15 +335,10 @@ def _readable(message: str, options: Sequence[str]) -> str:
     return text
 
 
-def _options(parser: Parser, verb: str) -> list[str]:
+def _options(verb: str) -> list[str]:
     """The options of a verb."""
-    verbs = next(action._name_parser_map for action in parser._actions if hasattr(action, "_name_parser_map"))
+    verbs = next(action._name_parser_map for action in _parser()._actions if hasattr(action, "_name_parser_map"))
     return [option for action in verbs[verb]._actions for option in action.option_strings] if verb in verbs else []
-
-
-def _subclasses(base: type) -> list[type]:
-    found: list[type] = base.__subclasses__()
-    return [cls for direct in found for cls in (direct, *_subclasses(direct))]
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

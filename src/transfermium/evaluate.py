@@ -122,7 +122,8 @@ def predict(
     """Copies of the structures with what the model predicts in place of any labels.
 
     Energy, forces and stress are results of a calculator; other outputs are in `atoms.info` or `atoms.arrays`. Classes
-    are numbered, with their probabilities under NAME_probabilities.
+    are numbered, with their probabilities under NAME_probabilities. An output that means something else than its name,
+    as the "forces" of a denoising model, is stored under its meaning ("denoising_displacement").
 
     Args:
         out: an extended XYZ or, by its ending, a CSV file with one line per structure.
@@ -198,6 +199,11 @@ def objective_of(model: Model) -> Objective:
 def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
     counts = count_edges(structures, model.backbone.edges)
     return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
+
+
+def stored_as(model: Model, name: str) -> str:
+    """The name under which an output is stored: the quantity it was trained on."""
+    return str(model.card.get("quantities", {}).get(name, [name])[0]).replace(" ", "_")
 
 
 def _by_structure(model: Model, name: str, values: Tensor, sizes: list[int]) -> list[np.ndarray]:
@@ -286,17 +292,18 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
             del result.arrays[name]
     standard = {}
     for name, value in outputs.items():
+        meaning = stored_as(model, name)
         classes = getattr(model.heads[name], "classes", 0) if name in model.heads else 0
         store = result.arrays if model.per_atom(name) else result.info
-        if name in ("energy", "forces", "stress"):
+        if meaning in ("energy", "forces", "stress"):
             if np.isfinite(value).all():
                 standard[name] = float(value) if name == "energy" else value
         elif classes:
-            store[name] = value.argmax(axis=-1)
+            store[meaning] = value.argmax(axis=-1)
             weights = np.exp(value - value.max(axis=-1, keepdims=True))
-            store[f"{name}_probabilities"] = weights / weights.sum(axis=-1, keepdims=True)
+            store[f"{meaning}_probabilities"] = weights / weights.sum(axis=-1, keepdims=True)
         else:
-            store[name] = float(value) if value.ndim == 0 else value
+            store[meaning] = float(value) if value.ndim == 0 else value
     if "stress" in standard:
         standard["stress"] = full_3x3_to_voigt_6_stress(standard["stress"])
     if standard:
@@ -307,7 +314,7 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
 def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) -> None:
     """One line per structure: index, any id, formula and what there is per structure."""
     ids = [key for key in ("id", "mbid", "material_id", "name") if any(key in a.info for a in results)]
-    names = [name for name in model.outputs if not model.per_atom(name)]
+    names = [stored_as(model, name) for name in model.outputs if not model.per_atom(name)]
     stress = ["stress_xx", "stress_yy", "stress_zz", "stress_yz", "stress_xz", "stress_xy"]
     columns = [c for name in names for c in (stress if name == "stress" else [name])]
     writer = csv.writer(file)

@@ -204,7 +204,7 @@ def copied(thing: Any) -> Any:
 
 def rebuilt(spec: Mapping[str, Any], base: type) -> Any:
     """The object described; only subclasses of `base` that are already imported can be built."""
-    known = {cls.__name__: cls for cls in _subclasses(base)}
+    known = {cls.__name__: cls for cls in subclasses(base)}
     if spec["class"] not in known:
         raise InputError(f"the class {spec['class']} is not known here: import the module that defines it first")
     return known[spec["class"]](**spec["arguments"])
@@ -288,9 +288,10 @@ def _rebuilt_output(spec: Mapping[str, Any]) -> Output:
     return head
 
 
-def _subclasses(base: type) -> list[type]:
+def subclasses(base: type) -> list[type]:
+    """All classes below one, the outer before the inner."""
     direct: list[type] = base.__subclasses__()
-    return [cls for child in direct for cls in (child, *_subclasses(child))]
+    return [cls for child in direct for cls in (child, *subclasses(child))]
 
 
 def _umask() -> int:

@@ -18,7 +18,10 @@ WITHOUT_EFFECT = ("device", "workers")  # options that change where a run happen
 
 
 def claim(out: str | Path | None, config: Mapping[str, Any]) -> Path | None:
-    """Make `out` the folder of this configuration, or raise `InputError` if it belongs to another one."""
+    """Make `out` the folder of this configuration, or raise `InputError` if it belongs to another one.
+
+    A run that has saved nothing yet, because its command failed, holds no folder.
+    """
     if out is None:
         return None
     out = Path(out)
@@ -26,7 +29,8 @@ def claim(out: str | Path | None, config: Mapping[str, Any]) -> Path | None:
         raise InputError(f"{out} is a file: choose a folder for the run")
     config = json.loads(json.dumps(config))
     file = out / "config.json"
-    if file.exists():
+    begun = any((out / name).exists() for name in ("state.safetensors", "model.safetensors"))
+    if file.exists() and begun:
         try:
             found = json.loads(file.read_text())
         except ValueError:
@@ -38,10 +42,10 @@ def claim(out: str | Path | None, config: Mapping[str, Any]) -> Path | None:
                 f"{out} holds another run: {name} was {_short(old)} there and is {_short(new)} now"
                 f"{f' (and {len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose another folder"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif not file.exists() and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not a run of transfermium: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
+    if not begun:
         write_json(file, config)
     return out
 
@@ -56,7 +60,7 @@ def fingerprint(structures: Sequence[ase.Atoms], most: int = 20_000) -> str:
     digest = hashlib.sha256(str(len(structures)).encode())
     for index in np.unique(np.linspace(0, len(structures) - 1, min(len(structures), most)).astype(int)):
         atoms = structures[int(index)]
-        for array in (atoms.numbers, atoms.positions, np.asarray(atoms.cell)):
+        for array in (atoms.numbers, atoms.positions, np.asarray(atoms.cell), atoms.pbc):
             digest.update(np.ascontiguousarray(array).tobytes())
         named = {**atoms.arrays, **atoms.info}
         for name in sorted(named):

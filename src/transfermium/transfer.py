@@ -27,7 +27,16 @@ from .data.split import Split, by_key, found_split_keys, split
 from .errors import InputError
 from .evaluate import compared, scores, without_elements
 from .graph import Sample, to_batch
-from .heads import AtomHead, EnergyHead, ScalarHead, VectorHead, fit_references, labelled_totals, values
+from .heads import (
+    AtomHead,
+    EnergyHead,
+    ScalarHead,
+    VectorHead,
+    fit_references,
+    isolated_energies,
+    labelled_totals,
+    values,
+)
 from .model import Model, copied, described, load
 from .objectives import Objective
 from .run import claim, fingerprint, write_json
@@ -181,9 +190,10 @@ def _shift_elements(model: Model, head: EnergyHead, name: str, samples: Sequence
     labelled = [s for s in samples if np.isfinite(s.targets.get(name, [np.nan])[0])]
     if not labelled:
         return {}
-    numbers, energies = labelled_totals(name, labelled)
-    residuals = energies - _predictions(model, labelled, name)
-    shift = fit_references(numbers, residuals, ridge=1e-4)
+    predicted = _predictions(model, labelled, name)
+    residuals = [s._replace(targets={name: s.targets[name] - p}) for s, p in zip(labelled, predicted, strict=True)]
+    numbers, energies = labelled_totals(name, residuals)
+    shift = fit_references(numbers, energies, isolated_energies(name, residuals), ridge=1e-4)
     head.references += torch.from_numpy(shift).to(head.references.device)
 
     composition = np.stack([np.bincount(z, minlength=len(shift)) for z in numbers])
@@ -327,7 +337,7 @@ class _Data:
             return Split(everyone, nobody, by="given", reason="validation structures were given")
         if key is not None:
             name, _, value = key.partition("=")
-            return by_key(structures, name, value or None, fraction=fraction or 0.1, seed=seed)
+            return by_key(structures, name, value or None, fraction=fraction, seed=seed)
         if by.endswith(".json"):
             return _again(Split.load(by), by, len(structures))
         if fraction == 0 or len(structures) == 1:

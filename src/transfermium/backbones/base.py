@@ -29,8 +29,8 @@ class Backbone(nn.Module):
     """An architecture: `AtomGraph` to `Features`.
 
     A subclass sets `width` (of its features), `edges` (how its graph is built) and keeps every constructor argument
-    as an attribute of the same name. `laws` names what `transfermium.testing.check_backbone` holds it to; a backbone that
-    returns vectors adds "vectors".
+    as an attribute of the same name. `laws` names what `transfermium.testing.check_backbone` holds it to; a backbone
+    that returns vectors adds "vectors".
     """
 
     laws: ClassVar[frozenset[str]] = frozenset({"rotation", "reflection", "smooth", "derivatives"})

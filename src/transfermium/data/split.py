@@ -149,7 +149,7 @@ def by_key(structures: Sequence[Atoms], key: str, value: Any = None, *, fraction
         reason += f"; {len(found) - len(present)} structures without it are left out"
     if not len(sides["train"]):
         raise InputError(f"{key!r} leaves no structures to train on; its values are {', '.join(values[:10])}")
-    if not len(sides["valid"]):
+    if not len(sides["valid"]) and fraction > 0:
         inner = split(Subset(structures, sides["train"]), fraction, seed=seed)
         sides["valid"], sides["train"] = sides["train"][inner.valid], sides["train"][inner.train]
         reason += f"; validation from its training part, {inner.reason}"

@@ -1,0 +1,119 @@
+"""A run folder belongs to one configuration."""
+
+import json
+
+import numpy as np
+import pytest
+
+import transfermium as tm
+from tests.alloys import alloys
+from transfermium.run import claim, fingerprint, write_json
+
+CONFIG = {"verb": "pretrain", "backbone": {"class": "PaiNN", "arguments": {"width": 8, "inputs": ()}}, "steps": 3}
+
+
+def test_a_new_folder_is_made_and_remembers_its_configuration(tmp_path):
+    folder = claim(tmp_path / "deep" / "run", CONFIG)
+    assert folder == tmp_path / "deep" / "run"
+    assert json.loads((folder / "config.json").read_text())["backbone"]["arguments"]["width"] == 8
+
+
+def test_an_empty_folder_can_be_claimed(tmp_path):
+    assert claim(str(tmp_path), CONFIG) == tmp_path
+
+
+def test_no_folder_is_no_claim():
+    assert claim(None, CONFIG) is None
+
+
+def test_the_same_configuration_finds_its_folder_again(tmp_path):
+    claim(tmp_path / "run", CONFIG)
+    assert claim(tmp_path / "run", CONFIG) == tmp_path / "run"
+
+
+@pytest.mark.parametrize("option", ["device", "workers"])
+def test_where_a_run_happens_makes_no_other_run(tmp_path, option):
+    claim(tmp_path / "run", {**CONFIG, "train": {option: 0}})
+    claim(tmp_path / "run", {**CONFIG, "train": {option: 1}})
+
+
+def test_another_configuration_is_refused_with_the_name_of_the_difference(tmp_path):
+    (claim(tmp_path / "run", CONFIG) / "state.safetensors").touch()
+    wider = {**CONFIG, "backbone": {"class": "PaiNN", "arguments": {"width": 16, "inputs": ()}}}
+    with pytest.raises(
+        tm.InputError, match=r"another run: backbone\.arguments\.width was 8 there and is 16 now; choose"
+    ):
+        claim(tmp_path / "run", wider)
+    with pytest.raises(tm.InputError, match=r"verb was .pretrain. there and is .finetune. now \(and 1 more differ\)"):
+        claim(tmp_path / "run", {**wider, "verb": "finetune"})
+    with pytest.raises(tm.InputError, match="steps was 3 there and is null now"):
+        claim(tmp_path / "run", {name: value for name, value in CONFIG.items() if name != "steps"})
+
+
+def test_a_run_that_saved_nothing_holds_no_folder(tmp_path):
+    claim(tmp_path / "run", CONFIG)
+    claim(tmp_path / "run", {**CONFIG, "steps": 4})
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 4
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(tm.InputError, match="not a run of transfermium"):
+        claim(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(tm.InputError, match="is a file"):
+        claim(tmp_path / "run", CONFIG)
+
+
+def test_a_damaged_configuration_is_said_to_be_so(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "state.safetensors").touch()
+    with pytest.raises(tm.InputError, match="damaged"):
+        claim(tmp_path, CONFIG)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"å": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"å": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_fingerprint_knows_geometry_and_labels():
+    def changed(change):
+        structures = alloys(4)
+        for atoms in structures:
+            atoms.info["energy"] = 1.0
+        change(structures[2])
+        return fingerprint(structures)
+
+    def move(atoms):
+        atoms.positions[0, 0] += 1e-9
+
+    def stretch(atoms):
+        atoms.cell[0, 0] += 1e-9
+
+    def relabel(atoms):
+        atoms.info["energy"] = 1.0 + 1e-9
+
+    def replace(atoms):
+        atoms.numbers[0] = 47
+
+    prints = [changed(change) for change in (lambda atoms: None, move, stretch, relabel, replace)]
+    assert len(set(prints)) == 5
+    assert prints[0] == changed(lambda atoms: None)
+    assert fingerprint(alloys(4)) != fingerprint(alloys(4)[::-1])
+
+
+def test_a_fingerprint_of_many_structures_looks_at_some():
+    structures = alloys(9)
+    seen = fingerprint(structures, most=3)
+    structures[1].positions += 1
+    assert fingerprint(structures, most=3) == seen
+    structures[4].positions += np.array([0, 0, 1])
+    assert fingerprint(structures, most=3) != seen

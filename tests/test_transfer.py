@@ -1,0 +1,406 @@
+"""Pre-training, transfer and alignment: what is kept, what is new, and what zero steps change."""
+
+from __future__ import annotations
+
+import json
+
+import ase
+import numpy as np
+import pytest
+import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.units import Hartree
+
+import transfermium as tm
+from tests.alloys import QUICK, alloys, gap_model, painn, potential, same_bits, weights_of, without
+from transfermium.data import Split
+
+ELEMENTS = ("Cu", "Au")
+
+
+class TestPretrain:
+    def test_the_same_seed_gives_the_same_model(self):
+        first, second, other = (pretrained(seed=seed, steps=3) for seed in (0, 0, 1))
+        assert same_bits(weights_of(first), weights_of(second))
+        assert not same_bits(weights_of(first), weights_of(other))
+
+    def test_the_callers_random_numbers_do_not_matter_and_are_left_alone(self):
+        models = []
+        for seed in (5, 6):
+            backbone = painn()
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            models.append(tm.pretrain(alloys(4), tm.Denoise(0.1), backbone, steps=2, **QUICK))
+            assert torch.equal(before, torch.get_rng_state())
+        assert same_bits(*(weights_of(model) for model in models))
+
+    def test_the_given_backbone_and_structures_are_left_as_they_are(self):
+        backbone, structures = painn(), alloys(6)
+        before, info = {n: t.clone() for n, t in backbone.state_dict().items()}, [dict(a.info) for a in structures]
+        tm.pretrain(structures, tm.Potential(), backbone, steps=2, **QUICK)
+        assert same_bits(before, backbone.state_dict())
+        assert [a.info for a in structures] == info and [a.positions.tobytes() for a in structures] == [
+            a.positions.tobytes() for a in alloys(6)
+        ]
+
+    def test_the_backbone_is_tensornet_unless_said_otherwise(self):
+        model = tm.pretrain(alloys(3), tm.Potential(), steps=0, **QUICK)
+        assert isinstance(model.backbone, tm.TensorNet) and model.backbone.width == 64
+
+    def test_training_helps(self):
+        held_out = alloys(8, seed=1)
+        before, after = (tm.evaluate(m, held_out, verbose=False) for m in (pretrained(steps=0), pretrained(steps=80)))
+        assert after["forces"]["mae"] < 0.5 * before["forces"]["mae"]
+
+    def test_isolated_atoms_are_references_and_not_trained_on(self):
+        model = tm.pretrain([*alloys(6), *lone_atoms()], tm.Potential(), painn(), steps=1, valid_fraction=0, **QUICK)
+        assert model.card["references (eV)"] == {"Cu": -3.5, "Au": -4.25}
+        assert model.card["history"][-1]["structures"] == 6
+        assert model.card["elements"]["Au"] == 1 + sum((atoms.numbers == 79).sum() for atoms in alloys(6))
+
+    def test_only_isolated_atoms_are_nothing_to_train_on(self):
+        with pytest.raises(tm.InputError, match="isolated atoms"):
+            tm.pretrain(lone_atoms(), tm.Potential(), painn(), **QUICK)
+
+    def test_what_half_of_the_structures_lack_is_masked(self):
+        structures = alloys(8)
+        structures[4:] = without(structures[4:], "forces")
+        model = tm.pretrain(structures, tm.Potential(), painn(), steps=3, valid_fraction=0, **QUICK)
+
+        assert all(torch.isfinite(t).all() for t in weights_of(model).values())
+        forces = np.concatenate([atoms.get_forces() for atoms in structures[:4]])
+        weight = model.card["objective"]["arguments"]["forces"]
+        assert weight == pytest.approx(1 / np.sqrt(np.mean(forces**2)))
+        result = tm.evaluate(model, structures, verbose=False)
+        assert (result["forces"]["n"], result["energy_per_atom"]["n"], result["n"]) == (16, 8, 8)
+
+    def test_a_label_that_nobody_has_is_left_out(self):
+        model = tm.pretrain(without(alloys(4), "stress"), tm.Potential(), painn(), steps=1, **QUICK)
+        assert model.card["objective"]["arguments"]["stress"] == 0.0
+        assert [entry["quantity"] for entry in model.card["labels"]["labels"]] == ["energy", "forces"]
+
+    def test_a_label_that_was_asked_for_must_be_there(self):
+        with pytest.raises(tm.InputError, match="no structure has 'stress'"):
+            tm.pretrain(without(alloys(4), "stress"), tm.Potential(stress=1.0), painn(), **QUICK)
+
+    def test_a_misspelt_label_is_told_what_there_is(self):
+        with pytest.raises(tm.InputError, match=r"no structure has 'gpa'; .*forces.* did you mean gap\?"):
+            tm.pretrain(alloys(4), tm.Property("gpa"), painn(), **QUICK)
+
+    @pytest.mark.parametrize("option", [{"label": {"enrgy": "e"}}, {"unit": {"charge": "e"}}], ids=str)
+    def test_an_option_for_a_label_that_is_not_wanted_is_refused(self, option):
+        with pytest.raises(tm.InputError, match="is not a label of this objective, which has energy, forces, stress"):
+            tm.pretrain(alloys(4), tm.Potential(), painn(), **option, **QUICK)
+
+    def test_keys_and_units_can_be_named(self):
+        structures = without(alloys(6), "energy", "stress")
+        for atoms, original in zip(structures, alloys(6), strict=True):
+            atoms.info["total"] = original.get_potential_energy() / Hartree
+        named = {"label": {"energy": "total"}, "unit": {"energy": "hartree"}}
+        model = tm.pretrain(structures, tm.Potential(), painn(), steps=0, **named, **QUICK)
+
+        expected = tm.pretrain(without(alloys(6), "stress"), tm.Potential(), painn(), steps=0, **QUICK)
+        assert model.card["references (eV)"] == pytest.approx(expected.card["references (eV)"])
+        assert model.card["quantities"]["energy"] == ["energy", "eV"]
+        result = tm.evaluate(model, structures, verbose=False, **named)
+        assert result["energy_per_atom"]["mae"] == pytest.approx(
+            tm.evaluate(expected, alloys(6), verbose=False)["energy_per_atom"]["mae"]
+        )
+
+    def test_validation_structures_can_be_given(self):
+        model = tm.pretrain(alloys(4), tm.Potential(), painn(), valid=alloys(3, seed=1), steps=2, **QUICK)
+        assert model.card["history"][-1]["structures"] == 4
+        assert model.card["history"][-1]["validation structures"] == 3
+
+    def test_validation_structures_without_labels_are_refused(self):
+        bare = without(alloys(3, seed=1), "energy", "forces", "stress")
+        with pytest.raises(tm.InputError, match="validation"):
+            tm.pretrain(alloys(4), tm.Potential(), painn(), valid=bare, steps=2, **QUICK)
+
+    def test_a_split_key_is_followed(self):
+        structures = alloys(8)
+        for index, atoms in enumerate(structures):
+            atoms.info["split"] = ["train", "val", "test", "train"][index % 4]
+        model = tm.pretrain(structures, tm.Potential(), painn(), split_key="split", steps=1, **QUICK)
+        assert model.card["history"][-1]["structures"] == 4
+        assert model.card["history"][-1]["validation structures"] == 2
+
+    def test_a_fold_can_be_held_out(self):
+        structures = alloys(8)
+        for index, atoms in enumerate(structures):
+            atoms.info["fold"] = index % 4
+        model = tm.pretrain(structures, tm.Potential(), painn(), split_key="fold=1", steps=1, **QUICK)
+        stage = model.card["history"][-1]
+        assert stage["validation structures"] >= 1
+        assert stage["structures"] + stage["validation structures"] == 6
+
+    def test_the_split_of_an_earlier_run_can_be_used_again(self, tmp_path):
+        structures = [*lone_atoms(), *alloys(8)]
+        options = {"steps": 1, **QUICK}
+        tm.pretrain(structures, tm.Potential(), painn(), seed=3, out=tmp_path / "first", **options)
+        options["split_by"] = str(tmp_path / "first" / "split.json")
+        tm.pretrain(structures, tm.Potential(), painn(), seed=4, out=tmp_path / "second", **options)
+        first, second = (Split.load(tmp_path / name / "split.json") for name in ("first", "second"))
+        assert second.train.tolist() == first.train.tolist() and second.valid.tolist() == first.valid.tolist()
+        assert 0 not in first.valid and 1 not in first.valid  # the isolated atoms
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            ({"valid_fraction": 1.0}, "valid_fraction is 1.0"),
+            ({"stpes": 3}, "stpes"),
+            ({"lr": 0.0}, "lr is 0.0"),
+            ({"split_key": "fold"}, "'fold'"),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_option_is_named(self, wrong, words):
+        with pytest.raises(tm.InputError, match=words):
+            tm.pretrain(alloys(4), tm.Potential(), painn(), **wrong, **QUICK)
+
+
+class TestCard:
+    def test_it_says_what_the_model_is(self):
+        card = potential().card
+        assert card["quantities"] == {
+            "energy": ["energy", "eV"],
+            "forces": ["forces", "eV/Å"],
+            "stress": ["stress", "eV/Å^3"],
+        }
+        stage = card["history"][-1]
+        shown = {name: stage[name] for name in ("verb", "steps", "structures", "validation structures")}
+        assert shown == {"verb": "pretrain", "steps": 20, "structures": 14, "validation structures": 2}
+        assert set(card["elements"]) == set(ELEMENTS)
+        assert card["metrics"]["validation"]["forces"]["unit"] == "eV/Å"
+
+    def test_it_is_json_and_survives_the_file(self, tmp_path):
+        potential().save(tmp_path / "model.safetensors")
+        assert tm.load(tmp_path / "model.safetensors").card == json.loads(json.dumps(potential().card))
+
+    def test_history_and_elements_add_up(self):
+        others = alloys(4)
+        for atoms in others:
+            atoms.numbers[atoms.numbers == 79] = 47
+        model = tuned(potential(), tm.Potential(), structures=others, steps=1)
+        assert [stage["verb"] for stage in model.card["history"]] == ["pretrain", "finetune"]
+        assert set(model.card["elements"]) == {"Au", "Cu", "Ag"}
+        assert model.card["elements in last stage"] == ["Ag", "Cu"]
+
+    def test_a_run_folder_has_everything(self, tmp_path):
+        model = tm.pretrain(alloys(6), tm.Potential(), painn(), steps=2, out=tmp_path / "run", **QUICK)
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert names >= {
+            "config.json", "labels.json", "split.json", "metrics.jsonl", "metrics.csv", "model.safetensors",
+            "validation.json",
+        }  # fmt: skip
+        parity = json.loads((tmp_path / "run" / "validation.json").read_text())["parity"]
+        assert set(parity) == {"energy_per_atom", "forces", "stress"}
+        assert same_bits(weights_of(tm.load(tmp_path / "run" / "model.safetensors")), weights_of(model))
+
+
+class TestZeroSteps:
+    """A transferred model with zero training steps equals its base, apart from the reported reference shift."""
+
+    @pytest.mark.parametrize("shift", [0.0, 7.5])
+    def test_energies_differ_by_the_reported_shifts_and_forces_not_at_all(self, shift):
+        base, structures = potential(), shifted(alloys(10), {29: shift, 79: -2 * shift})
+        model = tuned(base, tm.Potential(), structures=structures, steps=0)
+
+        shifts = model.card["history"][-1]["alignment"]["reference shift (eV)"]
+        assert set(shifts) == set(ELEMENTS)
+        for before, after in zip(predictions(base, structures), predictions(model, structures), strict=True):
+            expected = sum(shifts[symbol] for symbol in before.symbols)
+            assert after.get_potential_energy() - before.get_potential_energy() == pytest.approx(expected, abs=1e-9)
+            assert np.array_equal(after.get_forces(), before.get_forces())
+            assert np.array_equal(after.get_stress(), before.get_stress())
+        assert shifts["Cu"] - shifts["Au"] == pytest.approx(3 * shift, abs=0.5)
+
+    @pytest.mark.parametrize("base", [potential, gap_model])
+    def test_without_alignment_every_bit_is_the_same(self, base):
+        objective = tm.Potential() if base is potential else tm.Property("gap")
+        model = tuned(base(), objective, steps=0, align=False)
+        assert same_bits(weights_of(model), weights_of(base()))
+        assert "reference shift (eV)" not in model.card["history"][-1]["alignment"]
+
+    def test_a_property_is_shifted_by_its_mean_residual(self):
+        structures = alloys(8, seed=2)
+        for atoms in structures:
+            atoms.info["gap"] += 3.0
+        base = gap_model()
+        model = tuned(base, tm.Property("gap"), structures=structures, steps=0, valid_fraction=0)
+
+        before, after, labels = (
+            np.array([atoms.info["gap"] for atoms in sources])
+            for sources in (predictions(base, structures), predictions(model, structures), structures)
+        )
+        assert after - before == pytest.approx(np.full(8, np.mean(labels - before)))
+        assert model.card["history"][-1]["alignment"]["shift"]["gap"] == pytest.approx(np.mean(labels - before))
+
+    def test_the_precision_of_the_base_is_kept(self):
+        base = tm.pretrain(alloys(6), tm.Potential(), painn(), steps=1, dtype="float64", **QUICK)
+        assert same_bits(weights_of(tuned(base, tm.Potential(), steps=0, align=False)), weights_of(base))
+
+    def test_the_base_itself_is_left_as_it_is(self):
+        base = potential()
+        before, card = weights_of(base), json.dumps(base.card)
+        tuned(base, tm.Potential(), steps=3, backbone_lr=0.0)
+        assert same_bits(before, weights_of(base)) and json.dumps(base.card) == card
+        assert all(p.requires_grad for p in base.parameters())
+
+
+class TestFinetune:
+    def test_a_model_worse_than_its_aligned_base_is_never_returned(self):
+        aligned, ruined = (tuned(potential(), tm.Potential(), steps=steps, lr=10.0) for steps in (0, 3))
+        assert same_bits(weights_of(aligned), weights_of(ruined))
+
+    @pytest.mark.parametrize("lr", [1e-3, 0.1, 0.5])
+    def test_validation_never_gets_worse(self, lr, tmp_path):
+        def best(steps):
+            model = tuned(potential(), tm.Potential(), steps=steps, lr=lr, out=tmp_path / str(steps))
+            return model.card["history"][-1]["best validation loss"]
+
+        assert best(steps=8) <= best(steps=0)
+
+    def test_a_file_is_a_base(self, tmp_path):
+        potential().save(tmp_path / "base.safetensors")
+        from_file = tuned(tmp_path / "base.safetensors", tm.Potential(), steps=2)
+        assert same_bits(weights_of(from_file), weights_of(tuned(potential(), tm.Potential(), steps=2)))
+
+    def test_a_frozen_backbone_keeps_its_bits(self):
+        model = tuned(potential(), tm.Potential(), steps=4, backbone_lr=0.0, valid_fraction=0)
+        assert same_bits(weights_of(model, "backbone."), weights_of(potential(), "backbone."))
+        assert not same_bits(weights_of(model, "heads."), weights_of(potential(), "heads."))
+        assert all(p.grad is None for p in model.backbone.parameters())
+
+    def test_what_was_frozen_can_be_trained_again(self):
+        frozen = tuned(potential(), tm.Potential(), steps=1, backbone_lr=0.0)
+        model = tuned(frozen, tm.Potential(), steps=4, valid_fraction=0)
+        assert not same_bits(weights_of(model, "backbone."), weights_of(frozen, "backbone."))
+
+    def test_another_property_gets_a_new_head_on_the_same_backbone(self):
+        model = tuned(potential(), tm.Property("gap"), steps=0)
+        assert list(model.outputs) == ["gap"]
+        assert model.card["history"][-1]["alignment"]["kept heads"] == []
+        assert same_bits(weights_of(model, "backbone."), weights_of(potential(), "backbone."))
+        gaps = [atoms.info["gap"] for atoms in alloys(8)]
+        assert min(gaps) < float(model.heads["gap"].shift) < max(gaps)
+
+    def test_a_head_of_other_arguments_is_new(self):
+        model = tuned(gap_model(), tm.Property("gap", kind="extensive"), steps=0)
+        assert model.card["history"][-1]["alignment"]["kept heads"] == []
+
+    @pytest.mark.parametrize("conservative", [True, False], ids=["conservative", "direct"])
+    def test_a_head_that_knew_noise_is_kept_and_scaled_to_forces(self, conservative):
+        structures = alloys(10)
+        objective = tm.Denoise(0.1, conservative)
+        base = tm.pretrain(structures, objective, painn(), steps=60, lr=0.01, **QUICK)
+        model = tuned(base, tm.Potential(conservative=conservative), structures=structures, steps=0, valid_fraction=0)
+
+        head = "energy" if conservative else "forces"
+        report = model.card["history"][-1]["alignment"]
+        assert report["kept heads"] == [head]
+        factor = report["scale"][head]
+        assert float(model.heads[head].scale) == pytest.approx(factor * float(base.heads[head].scale))
+        for name, t in weights_of(base, f"heads.{head}.readout" if conservative else f"heads.{head}.mix").items():
+            assert torch.equal(t, weights_of(model)[name])
+
+        displacement = np.concatenate([a.arrays["denoising_displacement"] for a in predictions(base, structures)])
+        forces = np.concatenate([a.get_forces() for a in predictions(model, structures)])
+        labels = np.concatenate([a.get_forces() for a in structures])
+        assert forces == pytest.approx(factor * displacement, rel=1e-4, abs=1e-5)
+        slope = (labels * displacement).mean() / (displacement**2).mean()
+        assert factor == pytest.approx(
+            max(slope, 0.1 * np.sqrt((labels**2).mean() / (displacement**2).mean())), rel=1e-3
+        )
+
+    def test_a_direct_potential_becomes_conservative(self):
+        base = tm.pretrain(alloys(8), tm.Potential(conservative=False), painn(), steps=2, **QUICK)
+        assert set(base.heads) == {"energy", "forces", "stress"}
+        model = tuned(base, tm.Potential(), steps=0)
+        assert model.derivatives == {"forces": tm.Gradient("energy"), "stress": tm.Strain("energy")}
+        report = model.card["history"][-1]["alignment"]
+        assert report["kept heads"] == ["energy"] and "scale" not in report
+
+    def test_a_backbone_without_vectors_keeps_its_bond_vectors(self):
+        backbone = tm.CGCNN(width=8, cutoff=4.0, depth=1)
+        base = tm.pretrain(alloys(8), tm.Denoise(0.1, conservative=False), backbone, steps=2, **QUICK)
+        model = tuned(base, tm.Potential(conservative=False), steps=0)
+        assert weights_of(base, "bond_vectors.")
+        assert same_bits(weights_of(model, "bond_vectors."), weights_of(base, "bond_vectors."))
+
+    def test_elements_that_cannot_be_told_apart_are_said_to_be_so(self):
+        structures = [alloys(1)[0] for _ in range(4)]
+        for k, atoms in enumerate(structures):
+            atoms.positions[0, 0] += 0.01 * k
+        model = tuned(potential(), tm.Potential(), structures=structures, steps=0)
+        assert model.card["history"][-1]["alignment"]["elements told apart"] == "1 of 2"
+
+
+class TestFolder:
+    def test_a_finished_run_returns_its_model(self, tmp_path):
+        first = tuned(potential(), tm.Potential(), steps=3, out=tmp_path)
+        metrics = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
+        again = tuned(potential(), tm.Potential(), steps=3, out=tmp_path)
+        assert same_bits(weights_of(first), weights_of(again))
+        assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == metrics
+
+    def test_a_run_killed_before_its_model_was_written_says_the_same_of_itself(self, tmp_path, monkeypatch):
+        expected = tuned(potential(), tm.Potential(), steps=3).card
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tm.Model, "save", interrupt)
+            tuned(potential(), tm.Potential(), steps=3, out=tmp_path)
+        card = tuned(potential(), tm.Potential(), steps=3, out=tmp_path).card
+        for stage in (expected["history"][-1], card["history"][-1]):
+            assert stage.pop("seconds") >= 0
+        assert card == expected
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"steps": 4}, r"train\.steps was 3 there and is 4 now"),
+            ({"align": False}, "align was true there and is false now"),
+            ({"structures": alloys(9)}, "data was"),
+            ({"base": gap_model}, r"base\..* was"),
+            ({"objective": tm.Potential(forces=2.0)}, r"objective\.arguments\.forces was null there and is 2.0 now"),
+            ({"valid_fraction": 0.3}, r"valid\.fraction was 0.1 there and is 0.3 now"),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_another_call_is_refused_with_the_name_of_the_difference(self, tmp_path, change, words):
+        if "base" in change:
+            change = {"base": change["base"]()}
+        asked = {"base": potential(), "objective": tm.Potential(), "steps": 3}
+        tuned(**asked, out=tmp_path)
+        with pytest.raises(tm.InputError, match=words):
+            tuned(**{**asked, **change}, out=tmp_path)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def pretrained(seed: int = 0, **options) -> tm.Model:
+    return tm.pretrain(alloys(16), tm.Potential(), painn(), seed=seed, lr=0.01, **options, **QUICK)
+
+
+def tuned(base, objective, *, structures=None, **options) -> tm.Model:
+    return tm.finetune(base, alloys(8) if structures is None else structures, objective, **options, **QUICK)
+
+
+def predictions(model: tm.Model, structures) -> list[ase.Atoms]:
+    return tm.predict(model, structures, verbose=False)
+
+
+def shifted(structures: list[ase.Atoms], shifts: dict[int, float]) -> list[ase.Atoms]:
+    """The same at another level of theory, which differs by a constant per element."""
+    for atoms in structures:
+        atoms.calc.results["energy"] += sum(shifts[z] for z in atoms.numbers)
+    return structures
+
+
+def lone_atoms() -> list[ase.Atoms]:
+    atoms = [ase.Atoms(symbol, info={"config_type": "IsolatedAtom"}) for symbol in ELEMENTS]
+    for lone, energy in zip(atoms, (-3.5, -4.25), strict=True):
+        lone.calc = SinglePointCalculator(lone, energy=energy)
+    return atoms
