@@ -280,7 +280,7 @@ class _Data:
         if verbose and self.labels.entries:
             console.print(self.labels.table())
 
-        labelled = Labelled(everything, self.labels)
+        labelled = _ready(Labelled(everything, self.labels))
         lone = isolated_atoms(everything)
         if len(lone) == len(everything):
             raise InputError("all structures are isolated atoms: there is nothing else to train on")
@@ -291,7 +291,7 @@ class _Data:
         self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, lone))
         if valid is not None:
             others = read(valid)
-            self.valid = Labelled(others, self._resolve(others, objective, label, unit))
+            self.valid = _ready(Labelled(others, self._resolve(others, objective, label, unit)))
         if verbose:
             self._tell(labelled, valid is None, split_key)
         own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
@@ -352,6 +352,11 @@ class _Data:
         if found and split_key is None:
             keys = ", ".join(found)
             console.print(f"[dim]The data has split keys that are not used: {keys} (use one with --split-key)[/dim]")
+
+
+def _ready(labelled: Labelled) -> Sequence[ase.Atoms]:
+    """Structures that are in memory get their labels once; those on disk, whenever they are read."""
+    return list(labelled) if isinstance(labelled.structures, list) else labelled
 
 
 def _again(found: Split, path: str, total: int) -> Split:
