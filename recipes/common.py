@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,9 @@ def arguments(description: str | None, **options: Any) -> argparse.Namespace:
 
 
 def timed(train: Any, *args: Any, **kwargs: Any) -> tuple[tm.Model, float]:
-    """A model and the processor seconds it took; those of the first run when it is only read again."""
-    note = Path(kwargs["out"]) / "cpu_seconds"
-    start = time.process_time()
+    """A model and the processor seconds of its training, interruptions or not."""
     model = train(*args, **kwargs)
-    if not note.exists():
-        note.write_text(f"{time.process_time() - start:.1f}")
-    return model, float(note.read_text())
+    return model, float(model.card["history"][-1]["processor seconds"])
 
 
 def short(errors: dict[str, Any]) -> dict[str, Any]:

@@ -302,3 +302,32 @@ def cut_out(atoms: ase.Atoms) -> ase.Atoms:
 
 def bare(atoms: ase.Atoms) -> ase.Atoms:
     return ase.Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+
+
+def test_keys_and_units_named_in_training_are_used_again(tmp_path):
+    structures = [a.copy() for a in alloys(8)]
+    for i, atoms in enumerate(structures):
+        atoms.calc = None
+        atoms.info["gap_pbe"] = 1.0 + i
+    model = tm.pretrain(
+        structures, tm.Property("gap"), painn(), steps=1, label={"gap": "gap_pbe"}, unit={"gap": "eV"}, verbose=False
+    )
+    found = tm.evaluate(model, structures, verbose=False)["gap"]
+    assert (found["n"], found["unit"]) == (8, "eV")
+
+
+def test_predictions_take_the_place_of_labels_under_any_key(tmp_path):
+    structures = alloys(6)
+    model = tm.pretrain(structures, tm.Potential(), painn(), steps=1, verbose=False)
+    labelled = structures[0].copy()
+    labelled.info["REF_energy"] = 123.0
+    labelled.arrays["dft_forces"] = np.ones((len(labelled), 3))
+    (predicted,) = tm.predict(model, [labelled], verbose=False)
+    assert "REF_energy" not in predicted.info
+    assert "dft_forces" not in predicted.arrays
+
+
+def test_derivatives_are_evaluated_also_where_they_were_not_trained_on():
+    structures = alloys(6)
+    model = tm.pretrain(structures, tm.Potential(stress=0.0), painn(), steps=1, verbose=False)
+    assert {"energy_per_atom", "forces", "stress"} <= set(tm.evaluate(model, structures, verbose=False))

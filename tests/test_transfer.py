@@ -108,14 +108,14 @@ class TestPretrain:
         )
 
     def test_validation_structures_can_be_given(self):
-        model = tm.pretrain(alloys(4), tm.Potential(), painn(), valid=alloys(3, seed=1), steps=2, **QUICK)
+        model = tm.pretrain(alloys(4), tm.Potential(), painn(), valid=alloys(3, seed=1), steps=2, verbose=False)
         assert model.card["history"][-1]["structures"] == 4
         assert model.card["history"][-1]["validation structures"] == 3
 
     def test_validation_structures_without_labels_are_refused(self):
         bare = without(alloys(3, seed=1), "energy", "forces", "stress")
         with pytest.raises(tm.InputError, match="validation"):
-            tm.pretrain(alloys(4), tm.Potential(), painn(), valid=bare, steps=2, **QUICK)
+            tm.pretrain(alloys(4), tm.Potential(), painn(), valid=bare, steps=2, verbose=False)
 
     def test_a_split_key_is_followed(self):
         structures = alloys(8)
@@ -404,3 +404,51 @@ def lone_atoms() -> list[ase.Atoms]:
     for lone, energy in zip(atoms, (-3.5, -4.25), strict=True):
         lone.calc = SinglePointCalculator(lone, energy=energy)
     return atoms
+
+
+class TestWhatAnalysisFound:
+    """Laws that were broken once."""
+
+    def test_isolated_atoms_do_not_spoil_the_alignment(self):
+        structures = alloys(12)
+        base = tm.pretrain(structures, tm.Potential(), painn(), steps=60, lr=0.01, **QUICK)
+        lone = []
+        for symbol in ("Cu", "Au"):
+            atoms = ase.Atoms(symbol, info={"config_type": "IsolatedAtom"})
+            atoms.calc = SinglePointCalculator(atoms, energy=7.0, forces=np.zeros((1, 3)))
+            lone.append(atoms)
+        without = tuned(base, tm.Potential(), structures=structures, steps=0, valid_fraction=0)
+        among = tuned(base, tm.Potential(), structures=[*structures, *lone], steps=0, valid_fraction=0)
+        assert torch.allclose(without.heads["energy"].references, among.heads["energy"].references)
+
+    def test_validation_structures_and_a_split_are_not_asked_for_at_once(self):
+        with pytest.raises(tm.InputError, match="leave out split_key"):
+            tm.pretrain(alloys(4), tm.Potential(), painn(), valid=alloys(2), split_key="split", verbose=False)
+
+    def test_every_element_gets_a_reference_however_few_structures_are_looked_at(self, monkeypatch):
+        monkeypatch.setattr("transfermium.transfer.MOST_SAMPLES", 4)
+        structures = [a for a in alloys(20) if True]
+        rare = structures[7].copy()
+        rare.numbers[:] = 47
+        rare.calc = SinglePointCalculator(rare, energy=-60.0, forces=np.zeros((len(rare), 3)))
+        structures[7] = rare
+        model = tm.pretrain(structures, tm.Potential(), painn(), steps=0, valid_fraction=0, verbose=False)
+        assert float(model.heads["energy"].references[47]) == pytest.approx(-60 / len(rare), abs=1e-2)
+
+    def test_a_split_of_other_data_is_refused(self, tmp_path):
+        tm.pretrain(alloys(8), tm.Potential(), painn(), steps=1, out=tmp_path / "a", verbose=False)
+        with pytest.raises(tm.InputError, match="splits 8 structures, but there are 6"):
+            again = str(tmp_path / "a/split.json")
+            tm.pretrain(alloys(6), tm.Potential(), painn(), steps=1, split_by=again, verbose=False)
+
+    def test_words_can_be_classes(self):
+        structures = [a.copy() for a in alloys(12)]
+        for i, atoms in enumerate(structures):
+            atoms.calc = None
+            atoms.info["kind"] = "metal" if i % 2 else "insulator"
+        objective = tm.Property("kind", task="classification", classes=["insulator", "metal"])
+        model = tm.pretrain(structures, objective, painn(), steps=2, verbose=False)
+        assert {a.info["kind"] for a in tm.predict(model, structures, verbose=False)} <= {"insulator", "metal"}
+        assert 0 <= tm.evaluate(model, structures, verbose=False)["kind"]["accuracy"] <= 1
+        with pytest.raises(tm.InputError, match="name all classes"):
+            tm.pretrain(structures, tm.Property("kind", task="classification"), painn(), steps=2, verbose=False)

@@ -53,9 +53,12 @@ class Calculator(AseCalculator):
         wanted = {"energy", *({"free_energy": "energy"}.get(p, p) for p in properties)}
         for name in wanted - set(self.model.outputs):
             raise PropertyNotImplementedError(f"this model has no {name}")
-        if "stress" in wanted and not (self.atoms.pbc.all() and self.atoms.cell.rank == 3):
+        periodic = self.atoms.pbc.all() and self.atoms.cell.rank == 3
+        if "stress" in wanted and not periodic:
             raise PropertyNotImplementedError("stress needs a structure that is periodic in three directions")
 
+        if len(wanted) > 1:  # derivatives cost little together, and the next one is often asked for
+            wanted |= {"forces", *(["stress"] if periodic else [])} & set(self.model.outputs)
         outputs = self.model(to_graph([self.atoms], self.model.backbone.edges), wanted)
         arrays = {name: value.detach().double().cpu().numpy() for name, value in outputs.items()}
         self.results["energy"] = self.results["free_energy"] = float(arrays["energy"][0])

@@ -15,10 +15,11 @@ import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
+from scipy.stats import rankdata
 from torch import Tensor
 
 from .console import console, track
-from .data.labels import Labelled, resolve
+from .data.labels import KEYS, Labelled, available, resolve
 from .data.load import VALIDATION, count_edges, plan, rng_of
 from .data.read import Source, read
 from .errors import InputError
@@ -41,7 +42,9 @@ def evaluate(
     seed: int = 0,
     verbose: bool = True,
 ) -> dict[str, Any]:
-    """Errors of a model on every structure that has the labels it was trained on.
+    """Errors of a model on every structure that has labels for what it predicts.
+
+    Keys and units that were named in training are used again, and said so, unless others are named.
 
     Returns:
         `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom
@@ -52,9 +55,10 @@ def evaluate(
         InputError: when no structure has such a label.
     """
     model = model if isinstance(model, Model) else load(model)
-    objective = objective_of(model)
+    objective = objective_of(model).comparable()
     given = read(structures)
     wanted = objective.labels()
+    label, unit = _as_in_training(model, given, label or {}, unit or {}, verbose)
     either = list(wanted) if len(wanted) > 1 else []  # whatever it was trained on, any of its labels can be compared
     labels = resolve(given, list(wanted), labels=label, units=unit, optional=either)
     if wanted and not labels.entries:
@@ -62,6 +66,8 @@ def evaluate(
             f"no structure has any of the labels {', '.join(wanted)}: name their keys with --label NAME=KEY"
         )
     labelled = Labelled(given, labels)
+    if verbose and labels.entries:
+        console.print(labels.table())
 
     model = model.to(chosen_device(device)).eval()
     pairs = compared(model, objective, labelled, edges, seed, quiet=not verbose)
@@ -196,6 +202,25 @@ def objective_of(model: Model) -> Objective:
     return rebuilt(model.card["objective"], Objective)
 
 
+def _as_in_training(
+    model: Model, given: Sequence[ase.Atoms], label: Mapping[str, str], unit: Mapping[str, str], verbose: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Keys and units of labels, completed with those that were named in training."""
+    labels, units = dict(label), dict(unit)
+    for entry in model.card.get("labels", {}).get("labels", []):
+        name, key, declared = entry["quantity"], entry["keys"][0][1], entry["given_unit"]
+        if name not in label and key not in KEYS.get(name, (name,)) and key in available(given):
+            labels[name] = key
+        if name not in unit and declared not in (None, entry["unit"]):
+            units[name] = declared
+    used = [f"{n}={k}" for n, k in labels.items() if n not in label] + [
+        f"{n}={u}" for n, u in units.items() if n not in unit
+    ]
+    if used and verbose:
+        console.print(f"As in training: {', '.join(used)}", markup=False)
+    return labels, units
+
+
 def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
     counts = count_edges(structures, model.backbone.edges)
     return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
@@ -277,19 +302,19 @@ def _class_scores(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, An
     }
     if scores.shape[1] == 2 and 0 < truth.sum() < len(truth):
         margin = scores[:, 1] - scores[:, 0]
-        wins = (margin[truth == 1][:, None] - margin[truth == 0][None, :] > 0).mean()
-        ties = (margin[truth == 1][:, None] == margin[truth == 0][None, :]).mean()
-        found["roc_auc"] = float(wins + ties / 2)
+        ones = int(truth.sum())
+        ranks = rankdata(margin)  # the Mann-Whitney statistic
+        found["roc_auc"] = float((ranks[truth == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(truth) - ones)))
     return found
 
 
 def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Model) -> ase.Atoms:
     result = atoms.copy()
     result.calc = None
-    for name in outputs:
-        result.info.pop(name, None)
-        if name in result.arrays and name not in ("numbers", "positions"):
-            del result.arrays[name]
+    for key in [key for name in outputs for key in (name, *KEYS.get(name, ()))]:
+        result.info.pop(key, None)
+        if key not in ("numbers", "positions"):
+            result.arrays.pop(key, None)
     standard = {}
     for name, value in outputs.items():
         meaning = stored_as(model, name)
@@ -299,7 +324,9 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
             if np.isfinite(value).all():
                 standard[name] = float(value) if name == "energy" else value
         elif classes:
-            store[meaning] = value.argmax(axis=-1)
+            numbers = value.argmax(axis=-1)
+            names = getattr(objective_of(model), "classes", None)
+            store[meaning] = names[int(numbers)] if isinstance(names, list) and numbers.ndim == 0 else numbers
             weights = np.exp(value - value.max(axis=-1, keepdims=True))
             store[f"{meaning}_probabilities"] = weights / weights.sum(axis=-1, keepdims=True)
         else:

@@ -149,7 +149,7 @@ def to_graph(
 
 
 def to_batch(samples: Sequence[Sample], edges: Cutoff) -> Batch:
-    """Put samples side by side; numbers to learn stay in double precision, classes become integers."""
+    """Put samples side by side; what is to be learned stays in double precision."""
     graph = to_graph([s.atoms for s in samples], edges, [s.inputs for s in samples])
     names = samples[0].targets
     targets = {name: torch.from_numpy(np.concatenate([s.targets[name] for s in samples])) for name in names}

@@ -65,14 +65,11 @@ class EnergyHead(Head):
     def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
         """Fit references by least squares; the scale is the RMS force, or else the RMS residual per atom."""
         numbers, energies = labelled_totals(name, samples)
-        residuals = np.zeros(0)
         if len(energies):
             references = fit_references(numbers, energies, isolated_energies(name, samples))
             self.references.copy_(torch.from_numpy(references))
-            counts = np.array([len(z) for z in numbers])
-            residuals = (energies - [references[z].sum() for z in numbers]) / counts
         forces = values("forces", samples)
-        self.scale.fill_(rms(forces) if len(forces) else rms(residuals, energies))
+        self.scale.fill_(rms(forces) if len(forces) else spread_of_energies(name, samples))
 
 
 class ScalarHead(Head):
@@ -257,6 +254,31 @@ def fit_references(
         solution += np.linalg.solve(gram, a.T @ (per_atom - a @ solution))
     references[free] = solution
     return references
+
+
+def spread_of_energies(name: str, samples: Sequence[Sample]) -> float:
+    """RMS of energies per atom (eV/atom) after references; one where there are no labels.
+
+    With less than two labels to a reference it is counted per degree of freedom that the references leave. Where they
+    leave less than three, a fit says nothing of the spread: then it is what the RMS force does over 0.1 Å, or, without
+    forces, the spread of the energies per atom themselves.
+    """
+    numbers, energies = labelled_totals(name, samples)
+    if len(energies) == 0:
+        return 1.0
+    fixed = isolated_energies(name, samples)
+    references = fit_references(numbers, energies, fixed)
+    counts = np.array([len(z) for z in numbers])
+    residuals = (energies - [references[z].sum() for z in numbers]) / counts
+    composition = np.stack([np.bincount(z, minlength=LAST_ELEMENT + 1) for z in numbers])
+    composition[:, list(fixed)] = 0
+    freedom = len(energies) - np.linalg.matrix_rank(composition)
+    if 2 * freedom >= len(energies):
+        return rms(residuals, energies)
+    if freedom >= 3:
+        return rms(residuals * np.sqrt(len(energies) / freedom), energies)
+    forces = values("forces", samples)
+    return 0.1 * rms(forces) if len(forces) else rms(energies / counts - (energies / counts).mean(), energies)
 
 
 def isolated_energies(name: str, samples: Sequence[Sample]) -> dict[int, float]:

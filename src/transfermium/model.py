@@ -83,7 +83,8 @@ class Model(nn.Module):
                 raise InputError(f"this model has no output '{name}': it has {', '.join(self.outputs)}")
         derived = {name: self.derivatives[name] for name in wanted if name in self.derivatives}
         if not derived:
-            return self._evaluate(graph, wanted)
+            with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+                return self._evaluate(graph, wanted)
 
         with torch.enable_grad():
             graph, leaves = _differentiable(graph, {type(derivative) for derivative in derived.values()})

@@ -66,6 +66,9 @@ class TrainConfig:
         for name in ("lr", "clip", "edges"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be above zero")
+        for name in ("validate_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least one")
         for name in ("steps", "backbone_lr", "weight_decay", "seed", "workers"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}, but must not be negative")
@@ -97,6 +100,7 @@ class Progress(NamedTuple):
     valid: float | None  # validation loss, where this step was validated
     best: float | None
     elapsed: float  # seconds, earlier parts of a resumed run included
+    cpu: float  # processor seconds of this process, likewise
 
 
 def train(
@@ -203,6 +207,7 @@ class _Run:
         self.best: float | None = None
         self.step = 0
         self.elapsed = 0.0
+        self.cpu = 0.0
         self.unimproved = 0
         self.finished = False
 
@@ -210,7 +215,8 @@ class _Run:
         self._restore()
         with closing(Metrics(self.out, self.step)) as metrics:
             start = saved = time.monotonic()
-            before = self.elapsed
+            cpu_start = time.process_time()
+            before, cpu_before = self.elapsed, self.cpu
             fresh = self.step == 0 and self.best is None
             if fresh and (loss_at_start := self._validate()) is not None:
                 metrics.write({"step": 0, "valid": loss_at_start})
@@ -222,16 +228,17 @@ class _Run:
                 loss, terms = self._optimise(batch, members)
                 self.step += 1
                 self.elapsed = before + time.monotonic() - start
+                self.cpu = cpu_before + time.process_time() - cpu_start
 
                 fraction = min(self._fraction(), 1.0)
                 valid = self._validate() if self._validation_is_due(fraction) else None
                 row = {"step": self.step, "epoch": epoch, "lr": lr, **terms, "valid": valid}
-                metrics.write({**row, "elapsed": round(self.elapsed, 3)})
+                metrics.write({**row, "elapsed": round(self.elapsed, 3), "cpu": round(self.cpu, 3)})
                 self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
                 if fraction >= 1 or self.finished or time.monotonic() - saved > save_every:
                     self._save()
                     saved = time.monotonic()
-                yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed)
+                yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed, self.cpu)
 
         chosen = self.average if self.best is None else self.best_weights
         self._load_weights(chosen)
@@ -299,6 +306,7 @@ class _Run:
         if not terms:
             raise InputError("no validation structure has a label of this objective: give others, or valid_fraction=0")
         loss = sum(terms.values())
+        loss = loss if math.isfinite(loss) else math.inf
         self._load_weights(current)
 
         if self.best is None or loss < self.best:
@@ -340,7 +348,7 @@ class _Run:
         }
         tensors = {f"{name}.{i}": t.detach().cpu().clone() for name, ts in lists.items() for i, t in enumerate(ts)}
         tensors["updates"] = torch.tensor([float(a.get("step", 0.0)) for a in adam], dtype=torch.float64)
-        numbers = {name: getattr(self, name) for name in ("step", "elapsed", "best", "unimproved", "finished")}
+        numbers = {name: getattr(self, name) for name in ("step", "elapsed", "cpu", "best", "unimproved", "finished")}
         write_tensors(self.out / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
 
     def _restore(self) -> None:

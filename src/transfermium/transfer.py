@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,20 +21,19 @@ from . import __version__
 from .backbones import Backbone, TensorNet
 from .console import bar, console, table
 from .data.labels import Labelled, Labels, isolated_atoms, resolve
-from .data.load import CALIBRATION, rng_of
+from .data.load import CALIBRATION, count_edges, plan, rng_of
 from .data.read import Source, read
 from .data.sequences import Subset
 from .data.split import Split, by_key, found_split_keys, split
 from .errors import InputError
 from .evaluate import compared, scores, without_elements
-from .graph import Sample, to_batch
+from .graph import Sample, is_isolated_atom, to_batch
 from .heads import (
     AtomHead,
     EnergyHead,
     ScalarHead,
     VectorHead,
     fit_references,
-    isolated_energies,
     labelled_totals,
     values,
 )
@@ -124,7 +124,7 @@ def finetune(
     Args:
         base: a model or its file.
         align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
-        config: fields of `TrainConfig`; `backbone_lr` is the learning rate of what is transferred: zero freezes it.
+        config: fields of `TrainConfig`; `backbone_lr` is the learning rate of the backbone: zero freezes it.
 
     The other arguments, and what is raised, are those of `pretrain`.
     """
@@ -180,20 +180,23 @@ def align_references(
             predictions = _predictions(model, samples, name)
             targets = np.concatenate([np.asarray(s.targets[name], float) for s in samples])
             sizes = np.array([len(s.atoms) for s in samples]) if getattr(head, "pooling", "") == "sum" else 1
-            shift = float(np.nanmean((targets - predictions) / sizes))
-            head.shift += shift
-            report.setdefault("shift", {})[name] = shift
+            residuals = (targets - predictions) / sizes
+            if np.isfinite(residuals).any():
+                shift = float(np.nanmean(residuals))
+                head.shift += shift
+                report.setdefault("shift", {})[name] = shift
     return report
 
 
 def _shift_elements(model: Model, head: EnergyHead, name: str, samples: Sequence[Sample]) -> dict[str, Any]:
     labelled = [s for s in samples if np.isfinite(s.targets.get(name, [np.nan])[0])]
+    labelled = [s for s in labelled if not is_isolated_atom(s.atoms)]  # no model is trained on lone atoms
     if not labelled:
         return {}
     predicted = _predictions(model, labelled, name)
     residuals = [s._replace(targets={name: s.targets[name] - p}) for s, p in zip(labelled, predicted, strict=True)]
     numbers, energies = labelled_totals(name, residuals)
-    shift = fit_references(numbers, energies, isolated_energies(name, residuals), ridge=1e-4)
+    shift = fit_references(numbers, energies, ridge=1e-4)
     head.references += torch.from_numpy(shift).to(head.references.device)
 
     composition = np.stack([np.bincount(z, minlength=len(shift)) for z in numbers])
@@ -223,11 +226,12 @@ def _fit_scale(model: Model, head: EnergyHead | VectorHead, name: str, samples: 
 
 
 @torch.no_grad()
-def _predictions(model: Model, samples: Sequence[Sample], name: str, size: int = 16) -> np.ndarray:
+def _predictions(model: Model, samples: Sequence[Sample], name: str, budget: int = 10_000) -> np.ndarray:
     model.eval()
+    counts = count_edges([s.atoms for s in samples], model.backbone.edges)
     parts = []
-    for start in range(0, len(samples), size):
-        graph = to_batch(samples[start : start + size], model.backbone.edges).graph
+    for members in plan(counts, budget, np.arange(len(samples))):
+        graph = to_batch([samples[i] for i in members], model.backbone.edges).graph
         parts.append(model(graph, [name])[name].double().cpu().numpy())
     return np.concatenate(parts)
 
@@ -291,7 +295,8 @@ class _Data:
         self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, lone))
         if valid is not None:
             others = read(valid)
-            self.valid = _ready(Labelled(others, self._resolve(others, objective, label, unit)))
+            kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
+            self.valid = Subset(_ready(Labelled(others, self._resolve(others, objective, label, unit))), kept)
         if verbose:
             self._tell(labelled, valid is None, split_key)
         own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
@@ -304,9 +309,26 @@ class _Data:
 
     def samples(self, objective: Objective) -> list[Sample]:
         """What the objective sees of the training structures, for fitting references and scales."""
-        picked = np.unique(np.linspace(0, len(self.train) - 1, min(len(self.train), MOST_SAMPLES)).astype(int))
-        chosen = [self.train[int(i)] for i in picked] + self.isolated
+        chosen = [self.train[i] for i in self._representative(objective)] + self.isolated
         return [objective.prepare(atoms, rng_of(0, CALIBRATION, 0, i)) for i, atoms in enumerate(chosen)]
+
+    def _representative(self, objective: Objective) -> list[int]:
+        """At most about `MOST_SAMPLES` labelled training structures, with every element that occurs among them."""
+        if len(self.train) <= MOST_SAMPLES:
+            return list(range(len(self.train)))
+        wanted = objective.labels()
+        every = [np.zeros(0, int)] * len(self.train)
+        for i, atoms in enumerate(self.train):
+            if not wanted or any(name in atoms.info or name in atoms.arrays for name in wanted):
+                every[i] = np.unique(atoms.numbers)
+        labelled = [i for i, elements in enumerate(every) if len(elements)]
+        picked = [labelled[k] for k in np.linspace(0, len(labelled) - 1, MOST_SAMPLES).astype(int)] if labelled else []
+        seen = {int(z) for i in picked for z in every[i]}
+        for i in labelled:
+            if not seen.issuperset(every[i].tolist()):
+                picked.append(i)
+                seen.update(every[i].tolist())
+        return sorted(set(picked))
 
     def _resolve(
         self,
@@ -334,6 +356,10 @@ class _Data:
     ) -> Split:
         everyone, nobody = np.arange(len(structures)), np.zeros(0, int)
         if valid is not None:
+            if key is not None or by != "auto":
+                raise InputError(
+                    "validation structures were given, so nothing is split: leave out split_key and split_by"
+                )
             return Split(everyone, nobody, by="given", reason="validation structures were given")
         if key is not None:
             name, _, value = key.partition("=")
@@ -361,11 +387,8 @@ def _ready(labelled: Labelled) -> Sequence[ase.Atoms]:
 
 def _again(found: Split, path: str, total: int) -> Split:
     """A split of an earlier run, on the same structures."""
-    used = np.concatenate([found.train, found.valid])
-    if len(used) and used.max() >= total:
-        raise InputError(
-            f"{path} splits at least {used.max() + 1} structures, but there are {total}: is it of other data?"
-        )
+    if found.total != total:
+        raise InputError(f"{path} splits {found.total} structures, but there are {total}: is it of other data?")
     return replace(found, reason=f"as in {path}")
 
 
@@ -442,7 +465,7 @@ def _parity(pairs: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, An
 def _card(model: Model, objective: Objective, data: _Data, history: list[Any], base: Model | None) -> dict[str, Any]:
     seen: Counter[str] = Counter()
     levels: Counter[str] = Counter()
-    for atoms in (*data.train, *data.isolated):
+    for atoms in chain(data.train, data.isolated):
         seen.update(chemical_symbols[z] for z in atoms.numbers)
         levels.update([str(atoms.info["level"])] if "level" in atoms.info else [])
     earlier = base.card.get("elements", {}) if base is not None else {}
@@ -496,12 +519,15 @@ def _finished(folder: Path | None) -> Model | None:
 def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:
     """How far training came; from its metrics where no step was left to do."""
     if last is not None:
-        return {"steps": last.step, "seconds": round(last.elapsed, 1), "best validation loss": last.best}
+        best = last.best if last.best is None or math.isfinite(last.best) else None
+        seconds = {"seconds": round(last.elapsed, 1), "processor seconds": round(last.cpu, 1)}
+        return {"steps": last.step, **seconds, "best validation loss": best}
     rows = read_metrics(folder) if folder is not None else []
     losses = [row["valid"] for row in rows if "valid" in row]
     return {
         "steps": rows[-1]["step"] if rows else 0,
         "seconds": round(rows[-1].get("elapsed", 0.0), 1) if rows else 0.0,
+        "processor seconds": round(rows[-1].get("cpu", 0.0), 1) if rows else 0.0,
         "best validation loss": min(losses, default=None),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -182,19 +183,22 @@ def basis_of_symmetric() -> Tensor:
     return basis
 
 
-BASIS = basis_of_symmetric()
+@cache
+def basis_on(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same on a device, copied there once."""
+    return basis_of_symmetric().to(device, dtype)
 
 
 def symmetric_parts(r: Tensor) -> Tensor:
     """Components of r·rᵀ in the basis: (n, 3) to (n, 5)."""
-    return torch.einsum("ni,nj,kij->nk", r, r, BASIS.to(r))
+    return torch.einsum("ni,nj,kij->nk", r, r, basis_on(r.device, r.dtype))
 
 
 def full_symmetric(s: Tensor) -> Tensor:
     """The matrices themselves: (n, 5, width) to (n, 3, 3, width)."""
-    return torch.einsum("nkw,kij->nijw", s, BASIS.to(s))
+    return torch.einsum("nkw,kij->nijw", s, basis_on(s.device, s.dtype))
 
 
 def traceless_symmetric(m: Tensor) -> Tensor:
     """The symmetric, traceless part of matrices: (n, 3, 3, width) to (n, 5, width)."""
-    return torch.einsum("nijw,kij->nkw", m, BASIS.to(m))
+    return torch.einsum("nijw,kij->nkw", m, basis_on(m.device, m.dtype))

@@ -78,7 +78,12 @@ def training_batches(
     order_and_skip = _Addresses(counts, budget, batches.seed, skip)
     own = torch.Generator()  # or the loader draws from the caller's random numbers
     loader = DataLoader(batches, batch_size=None, sampler=order_and_skip, num_workers=workers, generator=own)
-    return ((epoch, members, batch) for (epoch, members), batch in zip(order_and_skip, loader, strict=False))
+    try:
+        for (epoch, members), batch in zip(order_and_skip, loader, strict=False):
+            yield epoch, members, batch
+    except InputError as error:  # a worker sends its whole traceback; the sentence is its last line
+        sentence = str(error).strip().splitlines()[-1]
+        raise InputError(sentence.removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
 class _Addresses:

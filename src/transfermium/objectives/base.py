@@ -47,6 +47,10 @@ class Objective:
         """This objective with every number that depends on the training data fixed; itself by default."""
         return self
 
+    def comparable(self) -> Objective:
+        """This objective with all targets that its outputs can be compared with in an evaluation; itself by default."""
+        return self
+
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         """The structure as it is to be seen this time, with its targets; `atoms` stays as it is."""
         raise NotImplementedError

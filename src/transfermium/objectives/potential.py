@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..graph import Batch, Sample
-from ..heads import EnergyHead, TensorHead, VectorHead, fit_references, isolated_energies, labelled_totals, rms, values
+from ..heads import EnergyHead, TensorHead, VectorHead, rms, spread_of_energies, values
 from ..model import Gradient, Output, Strain
 from .base import Loss, Objective, Quantity, absolute_errors, label
 
@@ -18,16 +18,18 @@ from .base import Loss, Objective, Quantity, absolute_errors, label
 class Potential(Objective):
     """A potential energy surface, by mean absolute errors of energy per atom, forces and stress.
 
-    Errors of what is labelled once per structure, energy and stress, are rounded off below `rounding`: their gradients
-    add up coherently over all atoms, and those of a plain absolute error would drown those of the forces for ever.
+    With automatic weights, errors of what is labelled once per structure, energy and stress, are rounded off below
+    `rounding`: their gradients add up coherently over all atoms, and those of a plain absolute error would drown those
+    of the forces for ever. A weight that is given is that of the plain absolute error.
 
     Args:
         energy, forces, stress: weights of the errors in eV/atom, eV/Å and eV/Å³. None weights a label that is found
             by one over its RMS in the training set (energies: after per-element references) and leaves out one that is
             not; zero leaves it out.
         conservative: forces and stress are derivatives of the energy; otherwise they are outputs of their own heads.
-        rounding: "energy" and "stress" to the error (eV/atom, eV/Å³) below which they count less; None is the work of
-            the RMS force over 1 Å, per atom and per volume of an atom, and at least their own RMS.
+        rounding: "energy" and "stress" to the error (eV/atom, eV/Å³) below which they count less; None is, for
+            automatic weights, the work of the RMS force over 1 Å, per atom and per volume of an atom, and at least
+            their own RMS; {} is nothing.
     """
 
     def __init__(
@@ -75,7 +77,8 @@ class Potential(Objective):
         given = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
         found = {name: 1 / sizes[name] if name in sizes else 0.0 for name in given}
         weights = {name: found[name] if weight is None else weight for name, weight in given.items()}
-        rounding = _rounding(sizes, samples) if self.rounding is None else self.rounding
+        automatic = {n: r for n, r in _rounding(sizes, samples).items() if given[n] is None}
+        rounding = automatic if self.rounding is None else self.rounding
         return Potential(**weights, conservative=self.conservative, rounding=rounding)
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
@@ -84,6 +87,12 @@ class Potential(Objective):
         if "stress" in targets and not (atoms.pbc.all() and atoms.cell.rank == 3):
             targets["stress"] = np.full((1, 3, 3), np.nan)  # it is per volume, and there is none
         return Sample(atoms, targets)
+
+    def comparable(self) -> Potential:
+        """Derivatives can be compared with labels whether they were trained on or not."""
+        if not self.conservative:
+            return self
+        return Potential(self.energy, forces=None, stress=None, rounding=self.rounding)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
         terms = {}
@@ -108,12 +117,7 @@ def _rounding(sizes: Mapping[str, float], samples: Sequence[Sample]) -> dict[str
 
 def _typical_size(name: str, samples: Sequence[Sample]) -> float:
     """RMS of a label, of energies per atom and after references; zero where there is none."""
-    if name != "energy":
-        found = values(name, samples)
-        return rms(found) if len(found) else 0.0
-    numbers, energies = labelled_totals(name, samples)
-    if len(energies) == 0:
+    found = values(name, samples)
+    if len(found) == 0:
         return 0.0
-    references = fit_references(numbers, energies, isolated_energies(name, samples))
-    residuals = [(e - references[z].sum()) / len(z) for z, e in zip(numbers, energies, strict=True)]
-    return rms(np.array(residuals), energies)
+    return spread_of_energies(name, samples) if name == "energy" else rms(found)

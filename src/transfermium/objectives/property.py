@@ -26,7 +26,7 @@ class Property(Objective):
         kind: "intensive" (a mean over atoms: band gap), "extensive" (a sum: polarisability) or "per-atom" (charge).
         task: "regression" or "classification".
         pooling: for intensive regression, "mean" or "attention".
-        classes: number of classes, labelled 0, 1, ...
+        classes: number of classes, labelled 0, 1, ..., or the words that label them, in order.
         weight: of the error in the label's own unit; None is one over its standard deviation in the training set.
     """
 
@@ -36,7 +36,7 @@ class Property(Objective):
         kind: Literal["intensive", "extensive", "per-atom"] = "intensive",
         task: Literal["regression", "classification"] = "regression",
         pooling: Literal["mean", "attention"] = "mean",
-        classes: int = 2,
+        classes: int | list[str] = 2,
         weight: float | None = None,
     ):
         if kind not in ("intensive", "extensive", "per-atom"):
@@ -57,7 +57,7 @@ class Property(Objective):
         self.weight = weight
 
     def outputs(self, width: int) -> dict[str, Output]:
-        classes = self.classes if self.task == "classification" else 0
+        classes = self.n_classes if self.task == "classification" else 0
         if self.kind == "per-atom":
             return {self.name: AtomHead(width, classes)}
         if classes:
@@ -72,12 +72,14 @@ class Property(Objective):
 
     def settled(self, samples: Sequence[Sample]) -> Property:
         found = values(self.name, samples)
+        if len(found) == 0:
+            raise InputError(f"no training structure has '{self.name}': split the data in another way")
         if self.task == "classification":
-            wrong = found[(found < 0) | (found >= self.classes) | (found != np.round(found))]
+            wrong = found[(found < 0) | (found >= self.n_classes) | (found != np.round(found))]
             if len(wrong):
                 raise InputError(
-                    f"'{self.name}' has the label {wrong[0]:g}, but {self.classes} classes are numbered "
-                    f"0 to {self.classes - 1}: give classes=... or regress it"
+                    f"'{self.name}' has the label {wrong[0]:g}, but {self.n_classes} classes are numbered "
+                    f"0 to {self.n_classes - 1}: give classes=... or regress it"
                 )
         if self.weight is not None:
             return self
@@ -88,7 +90,22 @@ class Property(Objective):
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         rows = len(atoms) if self.kind == "per-atom" else 1
+        word = atoms.info.get(self.name)
+        if self.task == "classification" and isinstance(word, str):
+            return Sample(atoms, {self.name: np.array([self._number(word)])})
         return Sample(atoms, {self.name: label(atoms, self.name, (rows,))})
+
+    @property
+    def n_classes(self) -> int:
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+    def _number(self, word: str) -> float:
+        names = [] if isinstance(self.classes, int) else self.classes
+        if word not in names:
+            raise InputError(
+                f"'{self.name}' has the class '{word}': name all classes in order, as classes=[{word},...]"
+            )
+        return float(names.index(word))
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
         output, target = outputs[self.name], batch.targets[self.name]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def demo(
     console.print(f"Pre-training on {many} PBE crystals, {len(seeds)} seeds, then transfer to r2SCAN.")
 
     context = multiprocessing.get_context("spawn")  # forked processes would inherit busy threads
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with _hasty(ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)) as pool:
         bases = [pool.submit(_pretrained, out, seed, pretraining) for seed in seeds]
         cells = [pool.submit(_cell, out, "scratch", seed, n, steps) for n in sizes for seed in seeds]
         total = len(seeds) * pretraining + 2 * len(sizes) * len(seeds) * steps
@@ -69,6 +70,17 @@ def demo(
     costs = [base.result() for base in bases]
     result = _result([cell.result() for cell in cells], costs, time.monotonic() - start)
     return _shown(out, result, steps, pretraining, load(out / f"transfer-{max(sizes)}-{seeds[0]}/model.safetensors"))
+
+
+@contextmanager
+def _hasty(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """The pool, dropping what has not begun when something fails."""
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _one_thread() -> None:
@@ -102,7 +114,8 @@ def _pretrained(out: Path, seed: int, steps: int) -> float:
 def _cell(out: Path, arm: str, seed: int, n: int, steps: int) -> dict[str, Any]:
     """One model from `n` r2SCAN labels, and its errors on the materials that no model has seen."""
     pool = crystals("r2SCAN", "train")
-    chosen = [pool[i] for i in nested(np.arange(len(pool)), [n], seed=seed)[0]]
+    members = [int(i) for i in nested(np.arange(len(pool)), [n], seed=seed)[0]]
+    chosen = [pool[i] for i in members]
     folder = out / f"{arm}-{n}-{seed}"
     options: dict[str, Any] = {"seed": seed, "edges": EDGES, "lr": LR, "out": folder, "verbose": False}
     if arm == "shift":  # all labels go into the shifts: nothing is trained, so nothing is validated
@@ -117,12 +130,12 @@ def _cell(out: Path, arm: str, seed: int, n: int, steps: int) -> dict[str, Any]:
             model = finetune(out / f"base-{seed}/model.safetensors", chosen, Potential(), **options)
     errors = evaluate(model, crystals("r2SCAN", "test"), verbose=False)
     found = {name: errors[name]["mae"] for name in ("forces", "energy_per_atom")}
-    return {"arm": arm, "labels": n, "seed": seed, "seconds": _seconds(model), **found}
+    return {"arm": arm, "labels": n, "seed": seed, "members": members, "seconds": _seconds(model), **found}
 
 
 def _seconds(model: Model) -> float:
-    """Training time of the last stage of a model; zero where nothing was trained."""
-    return float(model.card["history"][-1]["seconds"] or 0.0)
+    """Processor seconds of the last stage of a model; zero where nothing was trained."""
+    return float(model.card["history"][-1]["processor seconds"])
 
 
 def _result(cells: Sequence[Mapping[str, Any]], costs: Sequence[float], seconds: float) -> dict[str, Any]:
@@ -218,9 +231,9 @@ def _page(result: Mapping[str, Any], sentence: str, steps: int, pretraining: int
         f"stress of {len(crystals('PBE', 'train'))} PBE structures, then fine-tuned for {steps} steps on energies and "
         f"forces of r2SCAN structures drawn from {len(crystals('r2SCAN', 'train'))}; the model from scratch took the "
         f"same {steps} steps at the same learning rate. A fifth of the labels chose the checkpoint and is counted. "
-        f"Pre-training took {np.mean(result['pretraining seconds']):.0f} s for each seed, a cost that the model from "
-        "scratch did not have. The third arm is the PBE model with its reference energies fitted to the same labels, "
-        "without a step of training. Each seed draws its own labels and weights."
+        f"Pre-training took {np.mean(result['pretraining seconds']):.0f} s of processor time for each "
+        "seed, a cost that the model from scratch did not have. The third arm is the PBE model with its reference "
+        "energies fitted to the same labels, without a step of training. Each seed draws its own labels and weights."
     )
     page.text(f"Test materials, in no training set at either level: {', '.join(materials)}.")
     page.text(
