@@ -127,11 +127,18 @@ def info(arguments: Arguments) -> None:
 
 def pack(arguments: Arguments) -> None:
     """Structures and labels as one folder of Arrow files, for random access out of core."""
-    from .data import pack as run
-    from .data import read
+    from rich.progress import track
 
-    source = read(*arguments["data"])
-    packed = run(source, arguments["out"], level=arguments["level"])
+    from .data import pack as run
+    from .data import resolve, stream
+
+    arguments = _with_pairs(arguments)
+    data, label, unit, labels = arguments["data"], arguments["label"], arguments["unit"], None
+    if label or unit:
+        structures = track(stream(data), "looking for labels", console=console)
+        labels = resolve(structures, [*label, *unit], labels=label, units=unit)
+        console.print(labels.table())
+    packed = run(data, arguments["out"], labels=labels, level=arguments["level"])
     levels = ", ".join(f"{n} {level}" for level, n in packed.levels.items() if level)
     console.print(f"{len(packed)} structures packed into {arguments['out']}{f' ({levels})' if levels else ''}")
 
@@ -254,6 +261,7 @@ def _pack_parser() -> Parser:
     parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
     parser.add_argument("--out", type=str, required=True, help="new folder")
     parser.add_argument("--level", type=str, default=None, help="level of theory of the labels, such as PBE")
+    _label_arguments(parser)
     return parser
 
 

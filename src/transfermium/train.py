@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .data.load import VALIDATION, Batches, count_edges, plan, training_batches
+from .data.sequences import original
 from .errors import InputError
 from .model import Model, read_tensors, write_tensors, write_whole
 from .objectives import Objective
@@ -253,9 +254,10 @@ class _Run:
             return math.nan, {}
         loss = torch.stack(list(means.values())).sum()
         if not torch.isfinite(loss):
+            where = ", ".join(str(original(self.batches.structures, int(i))) for i in members)
             raise InputError(
-                f"the loss is not finite at step {self.step + 1}, for structures {members.tolist()} of the training "
-                "set: look at their labels, or lower lr"
+                f"the loss is not finite at step {self.step + 1}, for the structures {where}: look at their labels, "
+                "or lower lr"
             )
         self.optimizer.zero_grad()
         loss.backward()

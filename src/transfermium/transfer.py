@@ -360,14 +360,14 @@ class _Data:
                 raise InputError(
                     "validation structures were given, so nothing is split: leave out split_key and split_by"
                 )
-            return Split(everyone, nobody, by="given", reason="validation structures were given")
+            return Split(everyone, nobody, by="given", reason="validation structures were given", total=len(everyone))
         if key is not None:
             name, _, value = key.partition("=")
-            return by_key(structures, name, value or None, fraction=fraction, seed=seed)
+            return by_key(structures, name, value or None, fraction=fraction, by=by, seed=seed)
         if by.endswith(".json"):
             return _again(Split.load(by), by, len(structures))
         if fraction == 0 or len(structures) == 1:
-            return Split(everyone, nobody, by="none", reason="nothing is validated")
+            return Split(everyone, nobody, by="none", reason="nothing is validated", total=len(everyone))
         return split(structures, fraction, by=by, seed=seed)
 
     def _tell(self, structures: Sequence[ase.Atoms], own: bool, split_key: str | None) -> None:

@@ -144,6 +144,26 @@ def test_what_there_is() -> None:
     assert isolated_atoms([atoms, lone, Atoms("H")]) == [1]
 
 
+def test_one_pass_is_enough() -> None:
+    structures = [nacl(energy=-1.0, gap=2.0), nacl(gap=3.0), nacl()]
+    labels = resolve(iter(structures), ["gap"], optional=["energy"])
+    assert [(entry.count, entry.total) for entry in labels.entries] == [(2, 3), (1, 3)]
+    with pytest.raises(
+        InputError, match=r"the 3 structures have energy \(1, per structure\), gap \(2, per structure\);"
+    ):
+        resolve(iter(structures), ["gap", "band_gap"])
+
+
+def test_what_is_passed_over_is_told_for_each_structure() -> None:
+    first, second = nacl(REF_energy=-1.0, dft_energy=-2.0), computed(energy=-3.0, free_energy=-4.0)
+    labels = resolve([first, second], ["energy"])
+    assert labels["energy"].passed_over(first) == [("info", "dft_energy")]
+    assert labels["energy"].passed_over(second) == [("calc", "free_energy")]
+    named = resolve([first], ["energy"], labels={"energy": "dft_energy"})["energy"]
+    assert named.passed_over(first) == [("info", "REF_energy")]
+    assert named.passed_over(second) == [("calc", "energy"), ("calc", "free_energy")]
+
+
 def test_the_manifest_shows_and_keeps_everything() -> None:
     structures = [nacl(e=1.0, kind="a"), nacl(e=-3.0), nacl(kind="b", virial=VOIGT)]
     labels = resolve(

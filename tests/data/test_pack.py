@@ -6,8 +6,9 @@ import json
 import lzma
 import multiprocessing
 import pickle
-from dataclasses import dataclass
+import tracemalloc
 
+import ase.db
 import ase.io
 import numpy as np
 import pytest
@@ -16,14 +17,18 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.spacegroup import Spacegroup, crystal
+from ase.units import Hartree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from transfermium import cli
+from transfermium.data import formats, read, resolve, stream
 from transfermium.data.pack import PackedSet, is_packed, pack
 from transfermium.errors import InputError
 
 pack_module = importlib.import_module("transfermium.data.pack")  # its constants
+shard_module = importlib.import_module("transfermium.data.shard")
 
 # --- vocabulary
 
@@ -142,10 +147,10 @@ def test_a_crystal_keeps_its_space_group(tmp_path):
 
 
 def test_many_different_keys_share_one_column(tmp_path):
-    many = [labelled(1, i, **{f"key{i}": float(i), "everywhere": i}) for i in range(2 * pack_module.MOST_COLUMNS)]
+    many = [labelled(1, i, **{f"key{i}": float(i), "everywhere": i}) for i in range(2 * shard_module.MOST_COLUMNS)]
     found = packed(many, tmp_path)
     assert_same(list(found), many)
-    assert len(found.header["columns"]) == pack_module.MOST_COLUMNS + 1
+    assert len(found.header["columns"]) == shard_module.MOST_COLUMNS + 1
 
 
 def test_large_structures_make_shards_of_fewer(tmp_path, monkeypatch):
@@ -248,10 +253,43 @@ def test_level_fills_in_where_none_is_stated(tmp_path):
 
 
 def test_labels_are_put_in_place_and_keep_their_units(tmp_path):
-    found = packed([labelled(energy_hartree=1.0)], tmp_path, labels=Hartree())
-    assert found[0].info == {"energy": 27.2} and found[0].calc is None
-    assert found.units["info.energy"] == "eV"
-    assert found.header["labels"] == {"energy": "energy_hartree"}
+    atoms = labelled(e_ha=1.0, gap_mev=1500.0)
+    forces = atoms.get_forces()
+    names = {"energy": "e_ha", "gap": "gap_mev"}
+    labels = resolve([atoms], [*names], labels=names, units={"energy": "hartree", "gap": "meV"})
+    found = packed([atoms], tmp_path, labels=labels)
+    assert found[0].info == {"energy": pytest.approx(27.2114, abs=1e-4), "gap": 1500.0}
+    assert (found.units["info.energy"], found.units["info.gap"]) == ("eV", "meV")
+    assert found._shard(0).batch.schema.field("info.energy").metadata[b"unit"].decode() == "eV"
+    assert found.header["labels"] == json.loads(json.dumps(labels.to_json()))
+    np.testing.assert_array_equal(found[0].calc.results["forces"], forces)  # kept; but in which unit?
+    assert not any(column.startswith("calc.") for column in found.units)
+
+
+def test_a_label_is_found_again_where_others_had_its_name(tmp_path, capsys):
+    atoms = labelled(REF_energy=1.0, own=2.0, energies=7.0)
+    atoms.calc.results["free_energy"] = 3.0
+    labels = resolve([atoms], ["energy"], labels={"energy": "own"})
+    found = pack([atoms] * 2, tmp_path / "set", labels=labels)
+    assert resolve(found, ["energy"])["energy"].value(found[0]) == 2.0
+    assert found[0].info == {"energy": 2.0, "energies": 7.0}
+    assert set(found[0].calc.results) == {"forces", "stress"} and found.units["calc.forces"] == "eV/Å"
+    others = ["info['REF_energy']", "calc['energy']", "calc['free_energy']"]
+    assert found.left_out == {f"{other} (another energy)": 2 for other in others}
+    assert "left out: calc['energy'] (another energy) of 2 structures" in capsys.readouterr().err
+
+
+def test_nothing_is_claimed_of_what_nobody_declared(tmp_path):
+    atoms = labelled(REF_energy=1.0)
+    found = packed([atoms], tmp_path)
+    assert_same(found[0], atoms)
+    assert "info.REF_energy" not in found.units
+
+
+def test_a_value_that_is_no_label_is_named(tmp_path):
+    labels = resolve([labelled(e=1.0)], ["energy"], labels={"energy": "e"})
+    with pytest.raises(InputError, match="structure 1: 'e'"):
+        packed([labelled(e=1.0), labelled(e=float("inf"))], tmp_path, labels=labels)
 
 
 def test_results_have_the_units_of_ase(three):
@@ -261,24 +299,82 @@ def test_results_have_the_units_of_ase(three):
     assert field.metadata[b"unit"].decode() == "eV/Å"
 
 
-class Hartree:
-    """Labels as `pack` sees them."""
+# --- paths
 
-    @dataclass
-    class Label:
-        quantity: str = "energy"
-        per: str = "structure"
-        unit: str = "eV"
 
-    entries = (Label(),)
+@pytest.mark.parametrize("ending", ["extxyz.gz", "db", "traj"])
+def test_files_are_packed_as_they_are_read(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(formats, "PAGE", 10)
+    path = tmp_path / f"many.{ending}"
+    ase.io.write(path, [labelled(100, i) for i in range(300)])
+    at_once = peak(lambda: packed(list(read(path)), tmp_path / "1", shard_size=10))
+    streamed = peak(lambda: packed(path, tmp_path / "2", shard_size=10))
+    assert streamed < at_once / 2
+    assert_same(list(PackedSet.open(tmp_path / "2" / "set")), list(PackedSet.open(tmp_path / "1" / "set")))
 
-    def apply(self, atoms):
-        atoms = atoms.copy()
-        atoms.info["energy"] = 27.2 * atoms.info.pop("energy_hartree")
-        return atoms
 
-    def to_json(self):
-        return {"energy": "energy_hartree"}
+def test_several_paths_are_packed_in_their_order(tmp_path):
+    ase.io.write(tmp_path / "a.extxyz", [labelled(seed=0), labelled(seed=1)])
+    (tmp_path / "folder").mkdir()
+    ase.io.write(tmp_path / "folder" / "POSCAR", ase.io.read(tmp_path / "a.extxyz", 0))
+    before = packed([labelled(7)], tmp_path).path
+    sources = [tmp_path / "a.extxyz", str(tmp_path / "folder"), before]
+    found = pack(sources, tmp_path / "several", progress=False)
+    assert [len(atoms) for atoms in found] == [3, 3, 3, 7]
+    assert_same(list(found), list(stream(*sources)))
+    again = pack(sources, tmp_path / "several", progress=False)
+    assert again.path == found.path
+
+
+def test_what_is_missing_is_said_before_anything_is_packed(tmp_path):
+    ase.io.write(tmp_path / "a.extxyz", labelled())
+    with pytest.raises(InputError, match=r"b\.extxyz: no such file"):
+        packed([tmp_path / "a.extxyz", tmp_path / "b.extxyz"], tmp_path)
+    (tmp_path / "b.extxyz").write_text("1\n\nH 0 0 0\n2\n\nH 0 0 0\n")
+    with pytest.raises(InputError, match=r"b\.extxyz: structure 1 is cut short"):
+        packed([tmp_path / "a.extxyz", tmp_path / "b.extxyz"], tmp_path, shard_size=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.extxyz", "b.extxyz"]
+
+
+def test_the_command_line_converts_what_is_declared(tmp_path, capsys):
+    many = [labelled(2, i, E=float(i), gap=0.5) for i in range(3)]
+    ase.io.write(tmp_path / "a.extxyz", many)
+    ase.io.write(tmp_path / "b.extxyz", many[0])
+    command = ["pack", *(str(tmp_path / f"{name}.extxyz") for name in "ab"), "--out", str(tmp_path / "set")]
+    cli.main([*command, "--label", "energy=E", "gap=gap", "--unit", "energy=hartree", "--unit", "gap=eV"])
+    found = PackedSet.open(tmp_path / "set")
+    assert [atoms.info["energy"] / Hartree for atoms in found] == pytest.approx([0, 1, 2, 0])
+    assert (found.units["info.energy"], found.units["info.gap"]) == ("eV", "eV")
+    assert found.header["labels"]["labels"][0]["count"] == 4
+    assert "hartree" in capsys.readouterr().err
+
+    for wrong, message in {
+        "label energy=e": "did you mean E",
+        "unit energy=hart": "unknown unit",
+        "label e": "NAME=KEY",
+    }.items():
+        option, pair = wrong.split()
+        with pytest.raises(SystemExit):
+            cli.main([*command, f"--{option}", pair])
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_line_leaves_the_rest_as_it_is(tmp_path):
+    ase.io.write(tmp_path / "a.extxyz", labelled(REF_energy=1.0))
+    cli.main(["pack", str(tmp_path / "a.extxyz"), "--out", str(tmp_path / "set"), "--level", "PBE"])
+    (found,) = PackedSet.open(tmp_path / "set")
+    assert found.info == {"REF_energy": 1.0, "level": "PBE"}
+    assert set(found.calc.results) == {"energy", "forces", "stress"}
+
+
+def peak(work):
+    """Most bytes that some work held at once."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 # --- what cannot be stored is counted

@@ -19,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfermium.data import Joined, Subset, read
+from transfermium.data import Joined, Labelled, Subset, available, formats, original, read, resolve, stream
 from transfermium.data.formats import COMPRESSIONS
 from transfermium.errors import InputError
 
@@ -243,6 +243,58 @@ def test_a_folder_of_files_is_read_in_order(tmp_path: Path) -> None:
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("name", ["a.extxyz", "a.extxyz.bz2", "a.db", "a.traj", "a.traj.gz"])
+def test_a_stream_gives_what_read_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(formats, "PAGE", 2)
+    frames = labelled(5)
+    plain = tmp_path / name.removesuffix(".gz")
+    if "xyz" in name:
+        write_xyz(plain, frames)
+    else:
+        ase.io.write(plain, frames)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+    streamed = stream(tmp_path / name, frames[:1])
+    assert iter(streamed) is streamed
+    for a, b, c in zip([*frames, frames[0]], read(tmp_path / name, frames[:1]), streamed, strict=True):
+        assert_same(a, c)
+        assert available([b]) == available([c])
+        np.testing.assert_array_equal(b.get_forces(), c.get_forces())
+
+
+def test_a_stream_reads_no_further_than_it_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a.xyz"
+    path.write_text("1\n\nH 0 0 0\n1\n\nH 0 0 nan\n")
+    structures = stream(path)
+    assert len(next(structures)) == 1
+    with pytest.raises(InputError, match=r"a\.xyz: structure 1: the position of atom 0 is not finite"):
+        next(structures)
+
+
+def test_a_stream_takes_every_source_and_misses_none(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    folder(files, "id,gap\na,1\nb,2\nc,3\n")
+    table = tmp_path / "table.csv"
+    (files / "values.csv").rename(table)
+    assert [atoms.info["gap"] for atoms in stream(files, csv=table)] == [1, 2, 3]
+    assert [len(atoms) for atoms in stream([labelled(1), files])] == [2, 1, 1, 1]
+    for message, sources in {"nothing to read": [], "no such file": [files, tmp_path / "b.xyz"]}.items():
+        with pytest.raises(InputError, match=message):
+            stream(*sources)
+    with pytest.raises(InputError, match="belongs to a folder"):
+        stream(files / "a.cif", csv=table)
+
+
+def test_the_original_index_is_found_below_subsets_and_labels(tmp_path: Path) -> None:
+    frames = read(labelled(2), labelled(8))
+    some = Subset(frames, [9, 7, 5, 3, 1])
+    ready = Subset(Labelled(some[1:], resolve(some, ["band_gap"])), np.array([3, 0]))
+    assert [original(ready, i) for i in range(2)] == [1, 7]
+    assert original(frames, 4) == original(list(frames), 4) == 4
+    assert_same(ready[1], frames[original(ready, 1)])
+
+
 def test_a_packed_set_stays_on_disk(tmp_path: Path) -> None:
     pack = pytest.importorskip("transfermium.data.pack")
     frames = labelled(3)
@@ -317,7 +369,7 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, table: str, messag
 def test_two_tables_need_a_choice(tmp_path: Path) -> None:
     path = folder(tmp_path, "id,gap\na,1\nb,2\nc,3\n")
     (path / "more.csv").write_text("id,gap\n")
-    with pytest.raises(InputError, match=r"2 CSV files \(more\.csv, values\.csv\)"):
+    with pytest.raises(InputError, match=r"2 CSV files \(more\.csv, values\.csv\); leave one CSV file in the folder"):
         read(path)
     assert len(read(path, csv=path / "values.csv")) == 3
 

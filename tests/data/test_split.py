@@ -1,5 +1,6 @@
 """Splits: complete, disjoint, reproducible, and never the same material on two sides."""
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_a_value_is_the_test_set() -> None:
     assert found_split_keys(structures) == {"test_fold": [0, 1, 2, 3]}
 
 
+def test_a_key_may_leave_nothing_to_validate() -> None:
+    structures = cells(*METALS, test_fold=[0, 1, 2, 3] * 2)
+    parts = by_key(structures, "test_fold", 0, fraction=0)
+    assert (parts.train.tolist(), parts.valid.tolist(), parts.total) == ([1, 2, 3, 5, 6, 7], [], 8)
+    assert "validat" not in parts.reason
+
+
+def test_the_training_part_of_a_key_is_split_by_groups() -> None:
+    structures = cells(*METALS, split=["train"] * 6 + ["test", None], name=["a", "b", "c"] * 2 + ["a", "b"])
+    parts = by_key(structures, "split", by="name", fraction=0.3)
+    assert parts.valid.tolist() in ([0, 3], [1, 4], [2, 5])
+    assert parts.total == 8
+    assert "validation from its training part, by 'name', as asked" in parts.reason
+
+
 @given(formulas, fractions)
 def test_a_saved_split_comes_back(tmp_path_factory: pytest.TempPathFactory, names: list[str], fraction: float) -> None:
     path = tmp_path_factory.mktemp("split") / "split.json"
@@ -165,6 +181,11 @@ def test_a_saved_split_comes_back(tmp_path_factory: pytest.TempPathFactory, name
     back = Split.load(path)
     assert (back.train.tolist(), back.valid.tolist()) == (parts.train.tolist(), parts.valid.tolist())
     assert (back.test, back.by, back.reason, back.groups) == (None, parts.by, parts.reason, parts.groups)
+    assert back.total == parts.total == len(names)
+    content = json.loads(path.read_text())
+    del content["total"]  # as in files of former versions
+    path.write_text(json.dumps(content))
+    assert Split.load(path).total == 0
 
 
 # ------------------------------------------------------------------------------------------------------- errors

@@ -2,8 +2,8 @@
 
 from .labels import Label, Labelled, Labels, available, isolated_atoms, resolve
 from .pack import PackedSet, is_packed, pack
-from .read import read
-from .sequences import Joined, Subset
+from .read import read, stream
+from .sequences import Joined, Subset, original
 from .split import Split, by_key, found_split_keys, nested, split
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "is_packed",
     "isolated_atoms",
     "nested",
+    "original",
     "pack",
     "read",
     "resolve",
     "split",
+    "stream",
 ]

@@ -18,21 +18,34 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
+from ase.db.row import AtomsRow
 from ase.io.extxyz import read_xyz
 
 from ..errors import InputError
 
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+PAGE = 1000  # rows of a database that are fetched together
 
 
 def read_file(path: Path) -> list[Atoms]:
-    """Read every structure of a file: extended XYZ, ASE databases, JSON, or whatever `ase.io.read` knows.
+    """Read every structure of a file into memory, as `stream_file` does one by one."""
+    return list(stream_file(path))
+
+
+def stream_file(path: Path) -> Iterator[Atoms]:
+    """Yield the structures of a file: extended XYZ, ASE databases, JSON, or whatever `ase.io` knows.
+
+    Extended XYZ, databases and trajectories are read as they are yielded, also when compressed; other formats at once.
 
     Empty, truncated or unparsable files and structures that make no sense (no atoms, no element, positions
     that are not finite, a periodic cell without volume) raise an `InputError` naming file and structure.
     """
+    index = -1
     try:
-        structures = list(_parse(path))
+        for index, atoms in enumerate(_parse(path)):
+            _tidy(atoms, f"{path}: structure {index}")
+            check(atoms, f"{path}: structure {index}")
+            yield atoms
     except InputError:
         raise
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -42,13 +55,8 @@ def read_file(path: Path) -> list[Atoms]:
     except Exception as error:  # parsers of 80 formats raise everything there is
         kind = type(error).__name__
         raise InputError(f"{path}: cannot be read ({kind}: {error}); is it complete, is its ending right?") from error
-
-    if not structures:
+    if index < 0:
         raise InputError(f"{path}: no structures in this file")
-    for index, atoms in enumerate(structures):
-        _tidy(atoms, f"{path}: structure {index}")
-        check(atoms, f"{path}: structure {index}")
-    return structures
 
 
 def check(atoms: Atoms, where: str) -> None:
@@ -99,7 +107,7 @@ def _parse_plain(path: Path, suffix: str) -> Iterator[Atoms]:
     if suffix == ".db":
         yield from _database(path)
     else:
-        yield from ase.io.read(path, index=":")
+        yield from ase.io.iread(path, index=":")
 
 
 def _xyz_frames(path: Path) -> Iterator[Atoms]:
@@ -144,13 +152,25 @@ def _open_text(path: Path) -> Any:
 def _database(path: Path) -> Iterator[Atoms]:
     """Rows of an ASE database; key-value pairs and data of a row become info."""
     try:
-        for row in ase.db.connect(str(path), use_lock_file=False).select():
+        for row in _rows(path):
             atoms = row.toatoms()
             atoms.info.update(row.key_value_pairs)
             atoms.info.update(row.data)
             yield atoms
     except sqlite3.Error as error:
         raise InputError(f"{path}: not a sound ASE database ({error})") from error
+
+
+def _rows(path: Path) -> Iterator[AtomsRow]:
+    database = ase.db.connect(str(path), use_lock_file=False)
+    if path.suffix.lower() != ".db":
+        yield from database.select()
+        return
+
+    last = 0
+    while rows := list(database.select(f"id>{last}", sort="id", limit=PAGE)):  # else ASE fetches all rows first
+        yield from rows
+        last = rows[-1].id
 
 
 def _json_structures(path: Path) -> Iterator[Atoms]:

@@ -4,7 +4,7 @@ import difflib
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
@@ -105,6 +105,14 @@ class Label:
                 return _converted(atoms, self.quantity, (place, key, raw), self.given_unit, where)
         return None
 
+    def passed_over(self, atoms: Atoms) -> list[tuple[Place, str]]:
+        """Where a structure has other values under a name of this quantity, from which `value` is not taken."""
+        own = [(place, key) for place, key, _ in self.keys]
+        names = (self.quantity, *KEYS.get(self.quantity, ()))
+        known = dict.fromkeys([*own, *((place, key) for key in names for place in _places(self.quantity))])
+        there = [at for at in known if not _is_missing(_get(atoms, *at), nan=self.quantity not in KEYS)]
+        return there[1:] if there and there[0] in own else there
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -189,7 +197,7 @@ class Labelled(Lazy):
 
 
 def resolve(
-    structures: Sequence[Atoms],
+    structures: Iterable[Atoms],
     wanted: Sequence[str],
     *,
     labels: Mapping[str, str] | None = None,
@@ -219,26 +227,25 @@ def resolve(
         name: _Tally(name, (labels[name],) if name in labels else KEYS.get(name, (name,)), units.get(name))
         for name in quantities
     }
-    for index, atoms in enumerate(structures):
-        for tally in tallies.values():
-            tally.add(atoms, index)
+    total = 0
+    there = _Available()  # complete where something is found nowhere, which is where it is needed
+    for total, atoms in enumerate(structures, start=1):
+        found = [tally.add(atoms, total - 1) for tally in tallies.values()]
+        if not all(found):
+            there.add(atoms)
 
     for name, tally in tallies.items():
         if not tally.count and (name not in optional or name in labels):
-            raise InputError(_not_found(structures, name, labels.get(name)))
-    return Labels(tuple(tally.label(len(structures)) for tally in tallies.values() if tally.count))
+            raise InputError(_not_found(there.keys(), total, name, labels.get(name)))
+    return Labels(tuple(tally.label(total) for tally in tallies.values() if tally.count))
 
 
-def available(structures: Sequence[Atoms]) -> dict[str, tuple[str, int]]:
+def available(structures: Iterable[Atoms]) -> dict[str, tuple[str, int]]:
     """Every key in the structures → (its place: info, arrays, calc; the number of structures that have it)."""
-    counts: Counter[str] = Counter()
-    places: dict[str, dict[str, None]] = {}
+    there = _Available()
     for atoms in structures:
-        here = _keys(atoms)
-        counts.update({key for _, key in here})
-        for place, key in here:
-            places.setdefault(key, {})[place] = None
-    return {key: ("+".join(places[key]), counts[key]) for key in sorted(counts)}
+        there.add(atoms)
+    return there.keys()
 
 
 def isolated_atoms(structures: Sequence[Atoms]) -> list[int]:
@@ -247,6 +254,23 @@ def isolated_atoms(structures: Sequence[Atoms]) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ counting
+
+
+class _Available:
+    """Which keys have been seen so far."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, dict[str, None]] = {}
+
+    def add(self, atoms: Atoms) -> None:
+        here = _keys(atoms)
+        self.counts.update({key for _, key in here})
+        for place, key in here:
+            self.places.setdefault(key, {})[place] = None
+
+    def keys(self) -> dict[str, tuple[str, int]]:
+        return {key: ("+".join(self.places[key]), self.counts[key]) for key in sorted(self.counts)}
 
 
 @dataclass
@@ -272,10 +296,11 @@ class _Tally:
     def __post_init__(self) -> None:
         self.factor = factor(self.quantity, self.given_unit)
 
-    def add(self, atoms: Atoms, index: int) -> None:
+    def add(self, atoms: Atoms, index: int) -> bool:
+        """Count what a structure has of the quantity; False when it has nothing."""
         found = _find(atoms, self.quantity, self.candidates)
         if not found:
-            return
+            return False
         place, key, raw = found[0]
         where = f"structure {index}"
         self.count += 1
@@ -287,7 +312,7 @@ class _Tally:
             self.words[word(raw)] += 1
             self.first_text = self.first_text or f"{where}: {key!r} is the text {raw!r}"
             self._same("structure", (), where)
-            return
+            return True
 
         value = np.asarray(_converted(atoms, self.quantity, found[0], self.given_unit, where))
         per = _per(self.quantity, place, key)
@@ -302,6 +327,7 @@ class _Tally:
         self.squares += float((numbers**2).sum())
         self.minimum = min(self.minimum, float(numbers.min()))
         self.maximum = max(self.maximum, float(numbers.max()))
+        return True
 
     def _same(self, per: str, shape: tuple[int, ...], where: str) -> None:
         self.seen_as.setdefault((per, shape), where)
@@ -397,8 +423,7 @@ def _keys(atoms: Atoms) -> list[tuple[Place, str]]:
     return [(place, str(k)) for place, group in groups for k in group if k not in RESERVED and group[k] is not None]
 
 
-def _not_found(structures: Sequence[Atoms], quantity: str, key: str | None) -> str:
-    there = available(structures)
+def _not_found(there: Mapping[str, tuple[str, int]], total: int, quantity: str, key: str | None) -> str:
     name = key if key is not None else quantity
     shown = [
         f"{k} ({n}, {'per atom' if place == 'arrays' or k in PER_ATOM_RESULTS else 'per structure'})"
@@ -406,7 +431,7 @@ def _not_found(structures: Sequence[Atoms], quantity: str, key: str | None) -> s
     ]
     for_what = f" for {quantity!r}" if key is not None else ""
     return (
-        f"no structure has {name!r}{for_what}; the {len(structures)} structures have "
+        f"no structure has {name!r}{for_what}; the {total} structures have "
         f"{', '.join(shown) or 'no labels at all'}"
         f"{'' if key is not None or not there else f'; name its key with label {quantity}=KEY'}{_hint(name, there)}"
     )

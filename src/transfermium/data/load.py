@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import InputError
 from ..graph import Batch, Cutoff, to_batch
 from ..objectives import Objective
+from .sequences import original
 
 TRAINING, VALIDATION, CALIBRATION = 0, 1, 2  # kinds of random numbers
 
@@ -31,7 +32,7 @@ def count_edges(
         try:
             counts[index] = len(edges.neighbors(structures[index])[0])
         except InputError as error:
-            raise InputError(f"structure {index}: {error}") from None
+            raise InputError(f"structure {original(structures, index)}: {error}") from None
         seen(index + 1)
     return counts
 

@@ -1,22 +1,23 @@
-"""`read`: from files, folders and tables to a sequence of structures."""
+"""`read` and `stream`: from files, folders and tables to structures, in memory or one by one."""
 
 import csv as csv_format
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from ase import Atoms
 
 from ..errors import InputError
-from .formats import check, plain_name, read_file
+from .formats import check, plain_name, read_file, stream_file
 from .sequences import Joined
 
 log = logging.getLogger(__name__)
 
 Source = str | Path | Atoms | Sequence["Source"] | Sequence[Atoms]
-Part = tuple[str, Sequence[Atoms]]  # where it came from, and what it is
 
 ENDINGS = {
     ".cell", ".cif", ".con", ".contcar", ".db", ".extxyz", ".gen", ".json", ".pdb", ".poscar", ".res", ".sdf",
@@ -38,36 +39,58 @@ def read(*sources: Source, csv: str | Path | None = None) -> Sequence[Atoms]:
     Raises:
         InputError: naming the file, the structure and the cause.
     """
-    parts = list(_parts(sources, Path(csv) if csv is not None else None))
-    if not parts:
-        raise InputError("nothing to read: give files, folders or structures")
-    if csv is not None and not any(isinstance(part, _Table) for _, part in parts):
-        raise InputError(f"{csv}: a table of values belongs to a folder of structures; give that folder as the source")
-
-    structures = parts[0][1] if len(parts) == 1 else Joined([part for _, part in parts], [name for name, _ in parts])
+    parts = _parts(sources, csv)
+    sequences = [part.structures if isinstance(part.structures, Sequence) else [*part.structures] for part in parts]
+    structures = sequences[0] if len(parts) == 1 else Joined(sequences, [part.name for part in parts])
     if len(structures) == 0:
         raise InputError("nothing to read: the sources hold no structures")
     return structures
 
 
-class _Table(list[Atoms]):
-    """Structures that got their values from a table."""
+def stream(*sources: Source, csv: str | Path | None = None) -> Iterator[Atoms]:
+    """The structures that `read` would give, one by one, so that files may be larger than memory.
+
+    A source that is missing is an error at once, one that cannot be used when its turn comes. Extended XYZ, ASE
+    databases and trajectories, also compressed, packed sets and folders of files are read as they are needed; other
+    formats one file at a time.
+
+    Raises:
+        InputError: naming the file, the structure and the cause.
+    """
+    return chain.from_iterable(part.structures for part in _parts(sources, csv))
 
 
-def _parts(source: object, csv: Path | None) -> Iterator[Part]:
+class Part(NamedTuple):
+    """Where structures came from, and the structures: a sequence, or an iterator that reads them when asked."""
+
+    name: str
+    structures: Iterable[Atoms]
+    has_table: bool = False
+
+
+def _parts(sources: Sequence[object], csv: str | Path | None) -> list[Part]:
+    parts = list(_source_parts(sources, Path(csv) if csv is not None else None))
+    if not parts:
+        raise InputError("nothing to read: give files, folders or structures")
+    if csv is not None and not any(part.has_table for part in parts):
+        raise InputError(f"{csv}: a table of values belongs to a folder of structures; give that folder as the source")
+    return parts
+
+
+def _source_parts(source: object, csv: Path | None) -> Iterator[Part]:
     if isinstance(source, str | Path):
         yield from _path_parts(Path(source).expanduser(), csv)
     elif isinstance(source, Atoms):
-        yield from _parts([source], csv)
+        yield from _source_parts([source], csv)
     elif isinstance(source, list | tuple) and source and all(isinstance(item, Atoms) for item in source):
         for index, atoms in enumerate(source):
             check(atoms, f"structure {index}")
-        yield "memory", source
+        yield Part("memory", source)
     elif isinstance(source, list | tuple):
         for item in source:
-            yield from _parts(item, csv)
+            yield from _source_parts(item, csv)
     elif isinstance(source, Sequence):  # lazy: whoever made it has checked it
-        yield "memory", source
+        yield Part("memory", source)
     else:
         raise InputError(f"cannot read from {type(source).__name__}: give paths, or structures in a list")
 
@@ -76,13 +99,13 @@ def _path_parts(path: Path, csv: Path | None) -> Iterator[Part]:
     if not path.exists():
         raise InputError(_missing(path))
     if path.is_file():
-        yield path.name, read_file(path)
+        yield Part(path.name, stream_file(path))
         return
 
     from .pack import PackedSet, is_packed
 
     if is_packed(path):
-        yield path.name, PackedSet.open(path)
+        yield Part(path.name, PackedSet.open(path))
     else:
         yield from _folder_parts(path, csv)
 
@@ -104,12 +127,16 @@ def _folder_parts(folder: Path, csv: Path | None) -> Iterator[Part]:
     tables = [file for file in files if file.suffix.lower() == ".csv"]
     if csv is None and len(tables) > 1:
         names = ", ".join(file.name for file in tables[:5])
-        raise InputError(f"{folder}: {len(tables)} CSV files ({names}); say which one holds the values with csv=")
+        raise InputError(
+            f"{folder}: one table can give the values, and there are {len(tables)} CSV files ({names}); "
+            f"leave one CSV file in the folder, or give csv= in Python"
+        )
     if csv is not None or tables:
         table = csv if csv is not None else tables[0]
         if not table.is_file():
             raise InputError(_missing(table))
-        yield folder.name, _Table(_read_table(folder, table, [file for file in files if file not in tables]))
+        structures = _table_structures(folder, table, [file for file in files if file not in tables])
+        yield Part(folder.name, structures, has_table=True)
         return
 
     candidates = [file for file in files if _is_structure(file)]
@@ -123,7 +150,7 @@ def _folder_parts(folder: Path, csv: Path | None) -> Iterator[Part]:
         "%s: reading %s; leaving out %s", folder, ", ".join(file.name for file in readable), ", ".join(left) or "none"
     )
     for file in readable:
-        yield file.name, read_file(file)
+        yield Part(file.name, stream_file(file))
 
 
 def _is_structure(file: Path) -> bool:
@@ -137,7 +164,7 @@ def _is_json(file: Path) -> bool:
 # ---------------------------------------------------------------------------------------------- folder with a table
 
 
-def _read_table(folder: Path, table: Path, files: list[Path]) -> Iterator[Atoms]:
+def _table_structures(folder: Path, table: Path, files: list[Path]) -> Iterator[Atoms]:
     """Yield one structure per row, in the order of the rows, with the values of the row in its info."""
     files_of = _files_by_name(files)
     columns, rows = _rows(table, files_of)

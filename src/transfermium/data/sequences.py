@@ -63,3 +63,12 @@ class Subset(Lazy):
 
     def at(self, index: int) -> Atoms:
         return self.structures[self.indices[index]]
+
+
+def original(structures: Sequence[Atoms], index: int) -> int:
+    """The index that a structure has in the innermost sequence, below all subsets and labels: for error messages."""
+    while (below := getattr(structures, "structures", None)) is not None:
+        if isinstance(structures, Subset):
+            index = structures.indices[index]
+        structures = below
+    return index

@@ -37,6 +37,7 @@ class Split:
         by: what kept structures together: "random", "composition", "prototype" or keys of info.
         reason: one sentence for the user.
         groups: number of groups; of structures when the split is random.
+        total: number of structures that were split, also those on no side; 0 where nobody said.
     """
 
     train: np.ndarray
@@ -45,6 +46,7 @@ class Split:
     by: str = "random"
     reason: str = ""
     groups: int = 0
+    total: int = 0
 
     def save(self, path: str | Path) -> None:
         """Write the split as JSON."""
@@ -62,6 +64,7 @@ class Split:
                 by=content["by"],
                 reason=content["reason"],
                 groups=content["groups"],
+                total=content.get("total", 0),
             )
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such split") from error
@@ -113,15 +116,24 @@ def split(structures: Sequence[Atoms], fraction: float = 0.1, *, by: str = "auto
     new = _elements(facts, valid) - _elements(facts, train)
     if new:
         reason += f"; only validation has {', '.join(chemical_symbols[z] for z in sorted(new))}"
-    return Split(train, valid, None, by, reason, n_groups)
+    return Split(train, valid, None, by, reason, n_groups, len(facts))
 
 
-def by_key(structures: Sequence[Atoms], key: str, value: Any = None, *, fraction: float = 0.1, seed: int = 0) -> Split:
+def by_key(
+    structures: Sequence[Atoms],
+    key: str,
+    value: Any = None,
+    *,
+    fraction: float = 0.1,
+    by: str = "auto",
+    seed: int = 0,
+) -> Split:
     """Split as a key of info says.
 
     With `value`, structures that have it are the test set (`test_fold`, 0) and the others train. Without, the words
     train, val and test (or their usual variants) decide. Where there is no val, `fraction` of the training structures
-    is set apart by `split`. Structures without the key are left out, and counted in the reason.
+    is set apart by `split`, in groups as `by` says; a fraction of 0 sets nothing apart. Structures without the key are
+    left out, and counted in the reason.
     """
     found = [atoms.info.get(key) for atoms in structures]
     present = [i for i, entry in enumerate(found) if entry is not None]
@@ -150,11 +162,11 @@ def by_key(structures: Sequence[Atoms], key: str, value: Any = None, *, fraction
     if not len(sides["train"]):
         raise InputError(f"{key!r} leaves no structures to train on; its values are {', '.join(values[:10])}")
     if not len(sides["valid"]) and fraction > 0:
-        inner = split(Subset(structures, sides["train"]), fraction, seed=seed)
+        inner = split(Subset(structures, sides["train"]), fraction, by=by, seed=seed)
         sides["valid"], sides["train"] = sides["train"][inner.valid], sides["train"][inner.train]
         reason += f"; validation from its training part, {inner.reason}"
     test = sides["test"] if len(sides["test"]) else None
-    return Split(sides["train"], sides["valid"], test, key, reason, len(values))
+    return Split(sides["train"], sides["valid"], test, key, reason, len(values), len(found))
 
 
 def nested(indices: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int = 0) -> list[np.ndarray]:
