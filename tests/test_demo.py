@@ -9,7 +9,7 @@ from transfermium.study.demo import demo, interval, verdict
 
 
 def test_the_demo_writes_a_report_and_resumes(tmp_path: Path) -> None:
-    sizes = {"sizes": (5, 10), "seeds": (0, 1), "steps": 3, "pretraining": 3}
+    sizes = {"sizes": (5, 10), "seeds": (0, 1), "steps": 2, "pretraining": 2}
     page = demo(tmp_path / "demo", **sizes)
     assert page.is_file()
     result = json.loads((tmp_path / "demo/results.json").read_text())
@@ -18,11 +18,11 @@ def test_the_demo_writes_a_report_and_resumes(tmp_path: Path) -> None:
         (arm, n, seed) for arm in ("shift", "scratch", "transfer") for n in (5, 10) for seed in (0, 1)
     }
 
-    before = (tmp_path / "demo/transfer-10-1/model.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "demo/transfer-10-1-0.003/model.safetensors").stat().st_mtime_ns
     demo(tmp_path / "demo", **sizes)
     again = json.loads((tmp_path / "demo/results.json").read_text())
     assert again["cells"] == result["cells"]
-    assert (tmp_path / "demo/transfer-10-1/model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "demo/transfer-10-1-0.003/model.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_interval_is_students(tmp_path: Path) -> None:
