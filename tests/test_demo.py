@@ -36,7 +36,7 @@ def made_up(scratch: list[list[float]], transfer: list[list[float]]) -> dict:
 
     cells = [
         {"arm": arm, "labels": n, "seed": seed, "forces": value, "energy_per_atom": value}
-        for arm, errors in (("scratch", scratch), ("transfer", transfer))
+        for arm, errors in (("scratch", scratch), ("transfer", transfer), ("shift", transfer))
         for n, row in zip((10, 20, 40), errors, strict=True)
         for seed, value in enumerate(row)
     ]
@@ -49,6 +49,7 @@ HIGH = [[0.40, 0.41, 0.42], [0.30, 0.31, 0.32], [0.20, 0.21, 0.22]]
 def test_the_verdict_counts_the_labels_saved() -> None:
     low = [[0.10, 0.11, 0.12], [0.09, 0.10, 0.11], [0.08, 0.09, 0.10]]
     assert "40 labels are not enough" in verdict(made_up(HIGH, low))
+    assert "adds nothing measurable" in verdict(made_up(HIGH, low))
     middle = [[0.25, 0.26, 0.27], [0.24, 0.25, 0.26], [0.15, 0.16, 0.17]]
     assert "between 20 and 40 labels" in verdict(made_up(HIGH, middle))
 

@@ -149,19 +149,31 @@ def _result(cells: Sequence[Mapping[str, Any]], costs: Sequence[float], seconds:
     sizes = sorted({cell["labels"] for cell in cells})
     errors = {(c["arm"], c["labels"], c["seed"], q): c[q] for c in cells for q in QUANTITIES}
     seeds = sorted({cell["seed"] for cell in cells})
-    comparison = []
-    for quantity in QUANTITIES:
-        for n in sizes:
-            logs = [math.log(errors["scratch", n, s, quantity] / errors["transfer", n, s, quantity]) for s in seeds]
-            low, high = interval(logs)
-            ratio = {"ratio": math.exp(float(np.mean(logs))), "low": math.exp(low), "high": math.exp(high)}
-            comparison.append({"quantity": quantity, "labels": n, **ratio})
+    ratios = {
+        f"{other} / transfer": [
+            {
+                "quantity": q,
+                "labels": n,
+                **_ratio([errors[other, n, s, q] / errors["transfer", n, s, q] for s in seeds]),
+            }
+            for q in QUANTITIES
+            for n in sizes
+        ]
+        for other in ("scratch", "shift")
+    }
     return {
         "cells": [dict(cell) for cell in cells],
-        "comparison": comparison,
+        "ratios": ratios,
         "pretraining seconds": list(costs),
         "seconds in all": round(seconds, 1),
     }
+
+
+def _ratio(values: Sequence[float]) -> dict[str, float]:
+    """Geometric mean of ratios paired by seed, and its 95 % interval."""
+    logs = [math.log(value) for value in values]
+    low, high = interval(logs)
+    return {"ratio": math.exp(float(np.mean(logs))), "low": math.exp(low), "high": math.exp(high)}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -175,12 +187,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def verdict(result: Mapping[str, Any]) -> str:
     """What the comparison says, in one or two sentences."""
-    forces = [c for c in result["comparison"] if c["quantity"] == "forces"]
+    forces = [c for c in result["ratios"]["scratch / transfer"] if c["quantity"] == "forces"]
     better = [c for c in forces if c["low"] > 1]
     worse = [c for c in forces if c["high"] < 1]
     if not better:
         place = f", and hurts at {_and([c['labels'] for c in worse])}" if worse else ""
-        return f"Pre-training does not help the forces beyond the scatter of the seeds{place}."
+        return f"Pre-training does not help the forces beyond the scatter of the seeds{place}.{_beyond_shift(result)}"
 
     mean = {n: _mean(result, "scratch", n, "forces") for n in (c["labels"] for c in forces)}
     first = better[0]
@@ -194,7 +206,17 @@ def verdict(result: Mapping[str, Any]) -> str:
     cut = f"divides the force error by {first['ratio']:.2f} (95 % interval {first['low']:.2f} to {first['high']:.2f})"
     unclear = [c["labels"] for c in forces if c not in better]
     rest = f" At {_and(unclear)} labels the gain is within the scatter of the seeds." if unclear else ""
-    return f"With {first['labels']} labels, pre-training {cut}; to reach its {1000 * reached:.0f} meV/Å {saved}.{rest}"
+    gained = f"With {first['labels']} labels, pre-training {cut}; to reach its {1000 * reached:.0f} meV/Å {saved}."
+    return gained + rest + _beyond_shift(result)
+
+
+def _beyond_shift(result: Mapping[str, Any]) -> str:
+    """What fine-tuning adds to the base model with shifted references; its forces do not know the shift."""
+    forces = [c for c in result["ratios"]["shift / transfer"] if c["quantity"] == "forces"]
+    gains = [c["labels"] for c in forces if c["low"] > 1]
+    if not gains:
+        return " Fine-tuning adds nothing measurable to the forces of the PBE model itself."
+    return f" Fine-tuning improves on the forces of the PBE model itself at {_and(gains)} labels."
 
 
 def _shown(out: Path, result: Mapping[str, Any], steps: int, pretraining: int, example: Model) -> Path:
@@ -252,7 +274,7 @@ def _page(result: Mapping[str, Any], sentence: str, steps: int, pretraining: int
 
 def _table(result: Mapping[str, Any], quantity: str) -> list[dict[str, str]]:
     rows = []
-    for match in (c for c in result["comparison"] if c["quantity"] == quantity):
+    for match in (c for c in result["ratios"]["scratch / transfer"] if c["quantity"] == quantity):
         row = {"labels": str(match["labels"])}
         for arm, title in ARMS.items():
             found = [1000 * value for value in _values(result, arm, match["labels"], quantity)]
