@@ -122,8 +122,9 @@ def parity(points: Mapping[str, Any], title: str, errors: Mapping[str, Any] | No
     colours = [(COLOURS[0], opacity) for opacity in _opacity(label, prediction, limits)]
     axes.scatter(label, prediction, s=11, c=colours, linewidths=0, zorder=2, rasterized=len(label) > MOST_VECTORS)
     axes.set(xlim=limits, ylim=limits)
+    wide = len(_number(low)) > 6  # long tick labels would run into each other
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_locator(MaxNLocator(2 if wide else 4))
         axis.set_major_formatter(FuncFormatter(_number))
 
     measures = _scores(label, prediction) if errors is None else {k: errors[k] * factor for k in ("mae", "rmse")}
