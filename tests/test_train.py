@@ -312,7 +312,7 @@ class TestSteps:
     def test_labels_that_break_the_loss_are_named(self):
         structures = raw_alloys(3)
         structures[2].calc.results["energy"] = 1e150
-        with pytest.raises(tm.InputError, match=r"not finite at step \d, for structures \[2\] of the training set"):
+        with pytest.raises(tm.InputError, match=r"not finite at step \d, for the structures 2: look"):
             config = quick(steps=5, edges=1, dtype="float64")
             list(train(new_model(), tm.Potential(energy=1e200, forces=0, stress=0), ready(structures), config))
 
