@@ -2,7 +2,7 @@
 
     python recipes/mlearn.py --data DIR
 
-Data set `mlearn` with its official training and test files. About 20 minutes per element on one core.
+Data set `mlearn` with its official training and test files. About 8 minutes per element on one core.
 """
 
 from common import arguments, record, short, timed
@@ -14,7 +14,7 @@ PUBLISHED = {  # force MAE, meV/Å (JARVIS-Leaderboard, on these test sets)
     "Cu": {"M3GNet": 17.7, "ALIGNN-FF": 19.4, "SNAP": 59.6},
 }
 
-args = arguments(__doc__, steps=1500, width=32, seed=0, elements="Si,Cu")
+args = arguments(__doc__, steps=1200, width=32, seed=0, elements="Si,Cu")
 for element in args.elements.split(","):
     model, cpu = timed(
         tm.pretrain,

@@ -272,14 +272,27 @@ def _demo_parser() -> Parser:
 
 
 def _label_arguments(parser: Parser) -> None:
-    parser.add_argument("--label", nargs="+", type=str, action="extend", default=[], metavar="NAME=KEY")
-    parser.add_argument("--unit", nargs="+", type=str, action="extend", default=[], metavar="NAME=UNIT")
+    parser.add_argument(
+        "--label", nargs="+", type=str, action="extend", default=[], metavar="NAME=KEY", help="the key of a label"
+    )
+    parser.add_argument(
+        "--unit",
+        nargs="+",
+        type=str,
+        action="extend",
+        default=[],
+        metavar="NAME=UNIT",
+        help="the unit that a label is given in",
+    )
 
 
 def _with_pairs(arguments: Arguments) -> Arguments:
     """`NAME=KEY` options as mappings, and names as Python spells them."""
     for option in ("label", "unit"):
         pairs = [text.partition("=") for text in arguments[option]]
+        names = [name for name, _, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"--{option} {twice[0]}=... is given twice: leave one")
         for name, equals, value in pairs:
             if not (name and equals and value):
                 raise InputError(

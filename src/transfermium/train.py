@@ -125,7 +125,7 @@ def train(
         model: calibrated already.
         objective: settled already, so that its weights are numbers.
         structures: with labels at their canonical places.
-        save_every: seconds between saved states.
+        save_every: seconds between saved states at most; less in the first minutes.
         counting: told how many structures have had their neighbours counted.
     """
     config = config or TrainConfig()
@@ -236,7 +236,8 @@ class _Run:
                 row = {"step": self.step, "epoch": epoch, "lr": lr, **terms, "valid": valid}
                 metrics.write({**row, "elapsed": round(self.elapsed, 3), "cpu": round(self.cpu, 3)})
                 self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
-                if fraction >= 1 or self.finished or time.monotonic() - saved > save_every:
+                due = min(save_every, max(1.0, 0.1 * self.elapsed))  # often at first, so that little is ever lost
+                if fraction >= 1 or self.finished or time.monotonic() - saved > due:
                     self._save()
                     saved = time.monotonic()
                 yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed, self.cpu)

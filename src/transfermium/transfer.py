@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,7 @@ def pretrain(
         InputError: for data, labels or options that cannot be used.
     """
     settings = _train_config(config)
+    _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
@@ -128,6 +129,7 @@ def finetune(
 
     The other arguments, and what is raised, are those of `pretrain`.
     """
+    _check_objective(objective)
     base = base if isinstance(base, Model) else load(base)
     settings = _train_config(config, base.architecture()["dtype"])
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
@@ -374,6 +376,11 @@ class _Data:
         parts = f"{len(self.train)} to train on, {len(self.valid)} to validate"
         lone = f", {len(self.isolated)} isolated atoms as references" if self.isolated else ""
         console.print(f"{parts}{lone} ({self.split.reason})" if own else f"{parts}{lone}")
+        if own and "only validation has" in self.split.reason:
+            console.print(
+                "[yellow]Some elements are in validation only, so its energies mean little: keep the groups, or choose "
+                "another split, such as --split-by random[/yellow]"
+            )
         found = found_split_keys(structures)
         if found and split_key is None:
             keys = ", ".join(found)
@@ -418,8 +425,10 @@ def _trained(
             counting=lambda done: bars.update(counting, completed=done),
         )  # fmt: skip
         bars.remove_task(counting)
-        for last in progress:
+        for first, last in zip(chain([True], repeat(False)), progress, strict=False):
             bars.start_task(task)
+            if first and last.step > 1 and verbose:
+                console.print(f"Going on after step {last.step - 1}")
             best = "" if last.best is None else f" · best validation {last.best:.4g}"
             bars.update(task, completed=last.fraction, note=f"step {last.step} · loss {last.loss:.4g}{best}")
 
@@ -500,6 +509,11 @@ def _show_alignment(report: Mapping[str, Any]) -> None:
         console.print(
             table(f"Alignment: reference energies, {report['elements told apart']} elements told apart", rows)
         )
+
+
+def _check_objective(objective: Any) -> None:
+    if not isinstance(objective, Objective):
+        raise InputError(f"the objective is {objective!r}, but must be one such as Potential() or Property('band_gap')")
 
 
 def _train_config(options: Mapping[str, Any], dtype: Literal["float32", "float64"] = "float32") -> TrainConfig:

@@ -149,22 +149,24 @@ class Labels:
 
     def table(self) -> Table:
         """The manifest to be printed."""
-        table = Table(title="Labels")
+        table = Table(title="Labels", padding=(0, 1, 0, 0))
         for column in ("quantity", "key", "per", "unit"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for column in ("structures", "range", "rms"):
-            table.add_column(column, justify="right")
-        table.add_column("note")
-        for entry in self.entries:
+            table.add_column(column, justify="right", overflow="fold")
+        notes = [_note(entry) for entry in self.entries]
+        if any(notes):
+            table.add_column("note", overflow="fold")
+        for entry, note in zip(self.entries, notes, strict=True):
             cells = (
                 entry.quantity,
                 "\n".join(f"{key} ({place})" for place, key, _ in entry.keys),
                 entry.per,
                 entry.unit if entry.given_unit in (None, entry.unit) else f"{entry.given_unit} → {entry.unit}",
-                "\n".join(f"{n:,} of {entry.total:,}" for _, _, n in entry.keys),
+                "\n".join(f"{n} of {entry.total}" for _, _, n in entry.keys),
                 _range(entry),
                 "" if entry.rms is None else f"{entry.rms:.4g}",
-                _note(entry),
+                *([note] if any(notes) else []),
             )
             table.add_row(*map(Text, cells))  # as they are: a key may look like markup
         return table
@@ -366,7 +368,7 @@ def _range(entry: Label) -> str:
     if entry.classes:
         shown = ", ".join(entry.classes[:6]) + (", ..." if len(entry.classes) > 6 else "")
         return f"{len(entry.classes)} classes: {shown}"
-    return f"{entry.minimum:.6g} ... {entry.maximum:.6g}"
+    return f"{entry.minimum:.4g} … {entry.maximum:.4g}"
 
 
 def _note(entry: Label) -> str:
