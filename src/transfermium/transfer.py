@@ -521,6 +521,7 @@ def _train_config(options: Mapping[str, Any], dtype: Literal["float32", "float64
         config = TrainConfig(**options)
     except TypeError as error:
         raise InputError(f"{str(error).split('__init__() ')[-1]}: TrainConfig lists the options of a run") from None
+    chosen_device(config.device)  # one that is not there is said before any work
     return replace(config, dtype=config.dtype or dtype)
 
 

@@ -435,7 +435,7 @@ def _not_found(there: Mapping[str, tuple[str, int]], total: int, quantity: str, 
     return (
         f"no structure has {name!r}{for_what}; the {total} structures have "
         f"{', '.join(shown) or 'no labels at all'}"
-        f"{'' if key is not None or not there else f'; name its key with label {quantity}=KEY'}{_hint(name, there)}"
+        f"{'' if key is not None or not there else f'; name its key with --label {quantity}=KEY'}{_hint(name, there)}"
     )
 
 

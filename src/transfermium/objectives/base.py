@@ -71,7 +71,10 @@ def label(atoms: ase.Atoms, name: str, shape: tuple[int, ...]) -> np.ndarray:
             try:
                 return np.asarray(place[name], float).reshape(shape)
             except (TypeError, ValueError):
-                raise InputError(f"the label '{name}' is {place[name]!r}, but must be {_spelled(shape)}") from None
+                found = np.asarray(place[name])
+                hint = ": give kind='per-atom'" if found.ndim and len(found) == len(atoms) and shape == (1,) else ""
+                shown = f"of shape {found.shape}" if found.ndim else repr(place[name])
+                raise InputError(f"the label '{name}' is {shown}, but must be {_spelled(shape)}{hint}") from None
     return np.full(shape, np.nan)
 
 
