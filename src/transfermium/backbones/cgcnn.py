@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..graph import AtomGraph, Cutoff
+from ..messages import EdgeFormula, Neighborhood, Radii, sigmoid, softplus
 from ..nn import Gaussians, NodeInputs
 from .base import Backbone, Features
 
@@ -54,16 +56,13 @@ class CGCNN(Backbone):
         self.dense = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, graph: AtomGraph) -> Features:
-        lengths = graph.edge_vectors().norm(dim=1)
-        basis = self.basis(lengths)  # (n_edges, gaussians)
-        weights = self.edges.envelope(lengths).unsqueeze(1)  # (n_edges, 1)
-        neighbors = (
-            graph.sum_over_neighbors(weights) + 1
-        )  # (n_atoms, 1): the mean stays smooth, also without neighbours
+        edges = Neighborhood(graph, self.edges, self.basis)
+        (count,) = edges.sum(COUNT, lambda at: at.envelope)
+        neighbors = count + 1  # (n_atoms, 1, 1): the mean stays smooth, also without neighbours
 
         x = self.node_inputs(graph)
         for convolution in self.convolutions:
-            x = x + graph.sum_over_neighbors(weights * convolution(x, basis, graph)) / neighbors
+            x = x + (convolution(x, edges) / neighbors).squeeze(1)
         return Features(self.dense(x))
 
 
@@ -76,8 +75,23 @@ class Convolution(nn.Module):
         self.sender = nn.Linear(channels, 2 * channels, bias=False)
         self.edge = nn.Linear(gaussians, 2 * channels)
 
-    def forward(self, x: Tensor, basis: Tensor, graph: AtomGraph) -> Tensor:
-        z = self.edge(basis)
-        z = z + self.receiver(x).index_select(0, graph.receivers) + self.sender(x).index_select(0, graph.senders)
-        gate, core = z.chunk(2, dim=1)
-        return gate.sigmoid() * F.softplus(core)
+    def forward(self, x: Tensor, edges: Neighborhood) -> Tensor:
+        receiver, sender = (linear(x).unflatten(1, (2, -1)) for linear in (self.receiver, self.sender))
+        (sums,) = edges.sum(GATED, self.filters, senders=[sender], receivers=[receiver])
+        return sums
+
+    def filters(self, at: Radii) -> Tensor:
+        return torch.cat([self.edge(at.basis), at.envelope.expand(-1, self.edge.out_features // 2)], dim=1)
+
+
+def _gated(sender: Any, receiver: Any, filters: Any, direction: Any, length: Any) -> list[Any]:
+    gate, core = (s + r + f for s, r, f in zip(sender, receiver, filters[:2], strict=True))
+    return [sigmoid(gate) * softplus(core) * filters[2]]
+
+
+def _count(sender: Any, receiver: Any, filters: Any, direction: Any, length: Any) -> list[Any]:
+    return [filters[0]]
+
+
+GATED = EdgeFormula(_gated, outputs=(1,), filters=3, senders=(2,), receivers=(2,))
+COUNT = EdgeFormula(_count, outputs=(1,), filters=1)

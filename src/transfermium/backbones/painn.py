@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..graph import AtomGraph, Cutoff
-from ..nn import Bessel, NodeInputs, lengths_and_directions, mlp
+from ..messages import AtomFormula, EdgeFormula, Neighborhood, Radii, sqrt
+from ..nn import Bessel, NodeInputs, mlp
 from .base import Backbone, Features
 
 
@@ -51,18 +53,14 @@ class PaiNN(Backbone):
         self.updates = nn.ModuleList([Update(width) for _ in range(depth)])
 
     def forward(self, graph: AtomGraph) -> Features:
-        lengths, directions = lengths_and_directions(graph.edge_vectors())
-        weights = self.edges.envelope(lengths).unsqueeze(1)
-        basis = torch.cat([self.basis(lengths), torch.ones_like(weights)], dim=1) * weights  # the one is the bias
-
-        s = self.node_inputs(graph)  # (n_atoms, width)
-        v = s.new_zeros(graph.n_atoms, 3, self.width)
+        edges = Neighborhood(graph, self.edges, self.basis)
+        s = self.node_inputs(graph).unsqueeze(1)  # (n_atoms, 1, width)
+        v = s.new_zeros(0)  # (n_atoms, 3, width) after the first message
         for message, update in zip(self.messages, self.updates, strict=True):
-            ds, dv = message(s, v, basis, directions, graph)
-            s, v = s + ds, v + dv
-            ds, dv = update(s, v)
-            s, v = s + ds, v + dv
-        return Features(s, v)
+            ds, dv = message(s, v, edges)
+            s, v = s + ds, v + dv if len(v) else dv
+            s, v = update(s, v)
+        return Features(s.squeeze(1), v)
 
 
 class Message(nn.Module):
@@ -73,14 +71,16 @@ class Message(nn.Module):
         self.phi = mlp(width, width, 3 * width)
         self.filter = nn.Linear(radial + 1, 3 * width, bias=False)
 
-    def forward(
-        self, s: Tensor, v: Tensor, basis: Tensor, directions: Tensor, graph: AtomGraph
-    ) -> tuple[Tensor, Tensor]:
-        x = self.phi(s).index_select(0, graph.senders) * self.filter(basis)  # (n_edges, 3 width)
-        ds, along_bond, along_vector = x.chunk(3, dim=1)
-        dv = along_bond.unsqueeze(1) * directions.unsqueeze(2)
-        dv = dv + along_vector.unsqueeze(1) * v.index_select(0, graph.senders)
-        return graph.sum_over_neighbors(ds), graph.sum_over_neighbors(dv)
+    def forward(self, s: Tensor, v: Tensor, edges: Neighborhood) -> tuple[Tensor, ...]:
+        phi = self.phi(s.squeeze(1)).unflatten(1, (3, -1))
+        if len(v):
+            return edges.sum(MESSAGE, self.filters, senders=[phi, v])
+        return edges.sum(FIRST_MESSAGE, self.filters, senders=[phi])
+
+    def filters(self, at: Radii) -> Tensor:
+        """Linear in the basis, with a bias, all times the envelope."""
+        weight, bias = self.filter.weight[:, :-1], self.filter.weight[:, -1]
+        return F.linear(at.basis, weight, bias) * at.envelope
 
 
 class Update(nn.Module):
@@ -91,8 +91,35 @@ class Update(nn.Module):
         self.mix = nn.Linear(width, 2 * width, bias=False)  # U and V, on channels, never on xyz
         self.a = mlp(2 * width, width, 3 * width)
 
-    def forward(self, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        u, w = self.mix(v).chunk(2, dim=2)  # (n_atoms, 3, width) each
-        norm = (w.square().sum(dim=1) + 1e-8).sqrt()  # finite derivatives where there is no vector yet
-        a_vv, a_sv, a_ss = self.a(torch.cat([s, norm], dim=1)).chunk(3, dim=1)
-        return a_ss + a_sv * (u * w).sum(dim=1), a_vv.unsqueeze(1) * u
+    def forward(self, s: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        mixed = self.mix(v).unflatten(2, (2, -1)).flatten(1, 2)  # U and V of x, of y, of z
+        norm, product = NORM_AND_PRODUCT(mixed)
+        a = self.a(torch.cat([s, norm], dim=2).squeeze(1)).unflatten(1, (3, -1))
+        return UPDATE(s, v, mixed, product, a)
+
+
+def _message(sender: Any, receiver: Any, filters: Any, direction: Any, length: Any) -> list[Any]:
+    scalar, along_bond, along_vector = (x * f for x, f in zip(sender[:3], filters, strict=True))
+    vector = sender[3:]
+    return [scalar, *(along_bond * u + along_vector * v for u, v in zip(direction, vector, strict=True))]
+
+
+def _first_message(sender: Any, receiver: Any, filters: Any, direction: Any, length: Any) -> list[Any]:
+    return [sender[0] * filters[0], *(sender[1] * filters[1] * u for u in direction)]
+
+
+def _norm_and_product(mixed: Sequence[Any]) -> list[Any]:
+    u, w = mixed[::2], mixed[1::2]
+    norm2 = w[0] * w[0] + w[1] * w[1] + w[2] * w[2]
+    return [sqrt(norm2 + 1e-8), u[0] * w[0] + u[1] * w[1] + u[2] * w[2]]  # finite derivatives where there is no vector
+
+
+def _update(x: Sequence[Any]) -> list[Any]:
+    s, v, u, product, (a_vv, a_sv, a_ss) = x[0], x[1:4], x[4:10:2], x[10], x[11:]
+    return [s + a_ss + a_sv * product, *(one + a_vv * other for one, other in zip(v, u, strict=True))]
+
+
+MESSAGE = EdgeFormula(_message, outputs=(1, 3), filters=3, senders=(3, 3))
+FIRST_MESSAGE = EdgeFormula(_first_message, outputs=(1, 3), filters=3, senders=(3,))  # when no atom has a vector yet
+NORM_AND_PRODUCT = AtomFormula(_norm_and_product, inputs=(6,), outputs=(1, 1))
+UPDATE = AtomFormula(_update, inputs=(1, 3, 6, 1, 3), outputs=(1, 3))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..graph import AtomGraph, Cutoff
-from ..nn import ExpNormal, NodeInputs, lengths_and_directions, mlp
+from ..messages import AtomFormula, EdgeFormula, Neighborhood, Radii
+from ..nn import ExpNormal, NodeInputs, mlp
 from .base import Backbone, Features
 
 
@@ -60,39 +59,20 @@ class TensorNet(Backbone):
         self.output = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU())
 
     def forward(self, graph: AtomGraph) -> Features:
-        lengths, directions = lengths_and_directions(graph.edge_vectors())
-        basis = self.basis(lengths)  # (n_edges, radial)
-        weights = self.edges.envelope(lengths).unsqueeze(1)
-
-        x = self.embedding(self.node_inputs(graph), basis, weights, directions, graph)
+        edges = Neighborhood(graph, self.edges, self.basis)
+        x = self.embedding(self.node_inputs(graph), edges)
         for interaction in self.interactions:
-            x = interaction(x, basis, weights, graph)
-
-        norms = torch.cat([3 * x.a.square(), 2 * x.u.square().sum(1), x.s.square().sum(1)], dim=1)
-        return Features(self.output(self.norm(norms)), x.u)
+            x = interaction(x, edges)
+        (norms,) = NORMS(*x)
+        return Features(self.output(self.norm(norms.flatten(1))), x.u)
 
 
 class Parts(NamedTuple):
-    """The irreducible parts of one tensor per atom (or edge) and channel."""
+    """The irreducible parts of one tensor per atom and channel."""
 
-    a: Tensor  # (n, width): the tensor holds a·1
-    u: Tensor  # (n, 3, width): and [u]ₓ
-    s: Tensor  # (n, 5, width): and s in `basis_of_symmetric`
-
-    def norm2(self) -> Tensor:
-        """Square of the Frobenius norm: (n, width)."""
-        return 3 * self.a.square() + 2 * self.u.square().sum(1) + self.s.square().sum(1)
-
-    def over(self, divisor: Tensor) -> Parts:
-        """All parts divided by one number per atom and channel."""
-        return self.times(*[1 / divisor] * 3)
-
-    def times(self, fa: Tensor, fu: Tensor, fs: Tensor) -> Parts:
-        """Each part times its own number per atom and channel."""
-        return Parts(self.a * fa, self.u * fu.unsqueeze(1), self.s * fs.unsqueeze(1))
-
-    def plus(self, other: Parts) -> Parts:
-        return Parts(self.a + other.a, self.u + other.u, self.s + other.s)
+    a: Tensor  # (n_atoms, 1, width): the tensor holds a·1
+    u: Tensor  # (n_atoms, 3, width): and [u]ₓ
+    s: Tensor  # (n_atoms, 5, width): and s in the basis of `matrix`
 
 
 class Embedding(nn.Module):
@@ -107,19 +87,15 @@ class Embedding(nn.Module):
         self.gates = nn.Sequential(mlp(width, 2 * width, 3 * width), nn.SiLU())
         self.mix = Mix(width)
 
-    def forward(self, z: Tensor, basis: Tensor, weights: Tensor, directions: Tensor, graph: AtomGraph) -> Parts:
-        pair = self.receiver(z).index_select(0, graph.receivers) + self.sender(z).index_select(0, graph.senders)
-        fa, fu, fs = (self.filter(basis) * weights).chunk(3, dim=1)
-        pair_a, pair_u, pair_s = pair * fa, pair * fu, pair * fs  # (n_edges, width)
+    def forward(self, z: Tensor, edges: Neighborhood) -> Parts:
+        receiver, sender = self.receiver(z).unsqueeze(1), self.sender(z).unsqueeze(1)
+        x = Parts(*edges.sum(EMBEDDING, self.filters, senders=[sender], receivers=[receiver]))
+        (norm2,) = NORM2(*x)
+        gates = self.gates(self.norm(norm2.squeeze(1))).unflatten(1, (3, -1))
+        return Parts(*GATE(*self.mix(x), gates))
 
-        sym = symmetric_parts(directions)  # (n_edges, 5)
-        x = Parts(
-            graph.sum_over_neighbors(pair_a),
-            graph.sum_over_neighbors(pair_u.unsqueeze(1) * directions.unsqueeze(2)),
-            graph.sum_over_neighbors(pair_s.unsqueeze(1) * sym.unsqueeze(2)),
-        )
-        gates = self.gates(self.norm(x.norm2())).chunk(3, dim=1)
-        return self.mix(x).times(*gates)
+    def filters(self, at: Radii) -> Tensor:
+        return self.filter(at.basis) * at.envelope
 
 
 class Interaction(nn.Module):
@@ -131,18 +107,15 @@ class Interaction(nn.Module):
         self.before = Mix(width)
         self.after = Mix(width)
 
-    def forward(self, x: Parts, basis: Tensor, weights: Tensor, graph: AtomGraph) -> Parts:
-        fa, fu, fs = (self.filter(basis) * weights).chunk(3, dim=1)
-        x = x.over(x.norm2() + 1)
+    def forward(self, x: Parts, edges: Neighborhood) -> Parts:
+        x = Parts(*NORMALISE(*x))
         y = self.before(x)
+        messages = edges.sum(MESSAGE, self.filters, senders=y)
+        dx = self.after(Parts(*PRODUCT(*y, *messages)))
+        return Parts(*UPDATE(*x, *dx))
 
-        a, u, s = (part.index_select(0, graph.senders) for part in y)
-        messages = Parts(*map(graph.sum_over_neighbors, Parts(a, u, s).times(fa, fu, fs)))
-
-        z = anticommutator(y, messages)  # the symmetric product keeps parity (Sec. 3.2)
-        dx = self.after(z.over(z.norm2() + 1))
-        half = anticommutator(dx, dx)
-        return x.plus(dx).plus(Parts(half.a / 2, half.u / 2, half.s / 2))
+    def filters(self, at: Radii) -> Tensor:
+        return self.filter(at.basis) * at.envelope
 
 
 class Mix(nn.Module):
@@ -158,47 +131,95 @@ class Mix(nn.Module):
         return Parts(self.a(x.a), self.u(x.u), self.s(x.s))
 
 
-def anticommutator(x: Parts, y: Parts) -> Parts:
+# A tensor in a formula is its nine components: a, u (three), s (five).
+
+
+def _embedding(sender: Any, receiver: Any, filters: Any, direction: Any, length: Any) -> list[Any]:
+    pair = sender[0] + receiver[0]
+    a, u, s = (pair * f for f in filters)
+    return [
+        a,
+        *(u * r for r in direction),
+        *(s * r for r in components([[p * q for q in direction] for p in direction])),
+    ]
+
+
+def _message(sender: Any, receiver: Any, filters: Any, direction: Any, length: Any) -> list[Any]:
+    return scaled(sender, *filters)
+
+
+def _product(x: Sequence[Any]) -> list[Any]:
+    """The symmetric product keeps parity (Sec. 3.2)."""
+    return normalised(anticommutator(x[:9], x[9:]))
+
+
+def _update(x: Sequence[Any]) -> list[Any]:
+    old, dx = x[:9], x[9:]
+    square = [p * 0.5 for p in anticommutator(dx, dx)]
+    return [p + q + r for p, q, r in zip(old, dx, square, strict=True)]
+
+
+def norms(x: Sequence[Any]) -> list[Any]:
+    """Squares of the Frobenius norms of the three parts."""
+    u2 = x[1] * x[1] + x[2] * x[2] + x[3] * x[3]
+    s2 = x[4] * x[4] + x[5] * x[5] + x[6] * x[6] + x[7] * x[7] + x[8] * x[8]
+    return [x[0] * x[0] * 3.0, u2 * 2.0, s2]
+
+
+def norm2(x: Sequence[Any]) -> Any:
+    a, u, s = norms(x)
+    return a + u + s
+
+
+def normalised(x: Sequence[Any]) -> list[Any]:
+    factor = 1.0 / (norm2(x) + 1.0)
+    return [p * factor for p in x]
+
+
+def scaled(x: Sequence[Any], a: Any, u: Any, s: Any) -> list[Any]:
+    """Each part times its own number."""
+    return [x[0] * a, *(p * u for p in x[1:4]), *(p * s for p in x[4:9])]
+
+
+def anticommutator(x: Sequence[Any], y: Sequence[Any]) -> list[Any]:
     """X·Y + Y·X, part by part: {[u]ₓ,[w]ₓ} = uwᵀ + wuᵀ - 2(u·w)·1 and {S,[w]ₓ} = -[S·w]ₓ."""
-    full_x, full_y = full_symmetric(x.s), full_symmetric(y.s)  # (n, 3, 3, width)
-    dot_u = (x.u * y.u).sum(1)
-    dot_s = (x.s * y.s).sum(1)
-
-    a = 2 * x.a * y.a + (2 * dot_s - 4 * dot_u) / 3
-    u = 2 * (x.a.unsqueeze(1) * y.u + y.a.unsqueeze(1) * x.u)
-    u = u - (full_x * y.u.unsqueeze(1)).sum(2) - (full_y * x.u.unsqueeze(1)).sum(2)
-    product = (full_x.unsqueeze(3) * full_y.unsqueeze(1)).sum(2) + x.u.unsqueeze(2) * y.u.unsqueeze(1)
-    s = 2 * traceless_symmetric(product) + 2 * (x.a.unsqueeze(1) * y.s + y.a.unsqueeze(1) * x.s)
-    return Parts(a, u, s)
+    (ax, ux, sx), (ay, uy, sy) = (x[0], x[1:4], x[4:9]), (y[0], y[1:4], y[4:9])
+    full_x, full_y = matrix(sx), matrix(sy)
+    a = ax * ay * 2.0 + (dot(sx, sy) * 2.0 - dot(ux, uy) * 4.0) * (1 / 3)
+    u = [(ax * uy[k] + ay * ux[k]) * 2.0 - dot(full_x[k], uy) - dot(full_y[k], ux) for k in range(3)]
+    columns = list(zip(*full_y, strict=True))
+    product = [[dot(full_x[i], columns[j]) + ux[i] * uy[j] for j in range(3)] for i in range(3)]
+    s = [(p + ax * q + ay * r) * 2.0 for p, q, r in zip(components(product), sy, sx, strict=True)]
+    return [a, *u, *s]
 
 
-def basis_of_symmetric() -> Tensor:
-    """Five symmetric, traceless 3×3 matrices of norm one, orthogonal to each other: (5, 3, 3)."""
-    r2, r6 = 1 / math.sqrt(2), 1 / math.sqrt(6)
-    basis = torch.zeros(5, 3, 3, dtype=torch.float64)
-    for k, (i, j) in enumerate([(0, 1), (1, 2), (0, 2)]):
-        basis[k, i, j] = basis[k, j, i] = r2
-    basis[3] = torch.diag(torch.tensor([r2, -r2, 0.0], dtype=torch.float64))
-    basis[4] = torch.diag(torch.tensor([-r6, -r6, 2 * r6], dtype=torch.float64))
-    return basis
+def dot(x: Sequence[Any], y: Sequence[Any]) -> Any:
+    products = [p * q for p, q in zip(x, y, strict=True)]
+    return sum(products[1:], products[0])
 
 
-@cache
-def basis_on(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The same on a device, copied there once."""
-    return basis_of_symmetric().to(device, dtype)
+R2, R6 = 1 / math.sqrt(2), 1 / math.sqrt(6)
 
 
-def symmetric_parts(r: Tensor) -> Tensor:
-    """Components of r·rᵀ in the basis: (n, 3) to (n, 5)."""
-    return torch.einsum("ni,nj,kij->nk", r, r, basis_on(r.device, r.dtype))
+def matrix(s: Sequence[Any]) -> list[list[Any]]:
+    """The symmetric, traceless matrix with five components in an orthonormal basis."""
+    xy, yz, xz = s[0] * R2, s[1] * R2, s[2] * R2
+    xx_yy, rest = s[3] * R2, s[4] * R6
+    return [[xx_yy - rest, xy, xz], [xy, -xx_yy - rest, yz], [xz, yz, rest * 2.0]]
 
 
-def full_symmetric(s: Tensor) -> Tensor:
-    """The matrices themselves: (n, 5, width) to (n, 3, 3, width)."""
-    return torch.einsum("nkw,kij->nijw", s, basis_on(s.device, s.dtype))
+def components(m: Sequence[Sequence[Any]]) -> list[Any]:
+    """The same components of the symmetric, traceless part of any matrix."""
+    off_diagonal = [(m[i][j] + m[j][i]) * R2 for i, j in ((0, 1), (1, 2), (0, 2))]
+    return [*off_diagonal, (m[0][0] - m[1][1]) * R2, (m[2][2] * 2.0 - m[0][0] - m[1][1]) * R6]
 
 
-def traceless_symmetric(m: Tensor) -> Tensor:
-    """The symmetric, traceless part of matrices: (n, 3, 3, width) to (n, 5, width)."""
-    return torch.einsum("nijw,kij->nkw", m, basis_on(m.device, m.dtype))
+TENSOR = (1, 3, 5)
+EMBEDDING = EdgeFormula(_embedding, TENSOR, filters=3, senders=(1,), receivers=(1,))
+MESSAGE = EdgeFormula(_message, TENSOR, filters=3, senders=TENSOR)
+NORMS = AtomFormula(norms, TENSOR, outputs=(3,))
+NORM2 = AtomFormula(lambda x: [norm2(x)], TENSOR, outputs=(1,))
+NORMALISE = AtomFormula(normalised, TENSOR, TENSOR)
+GATE = AtomFormula(lambda x: scaled(x, *x[9:]), (*TENSOR, 3), TENSOR)
+PRODUCT = AtomFormula(_product, (*TENSOR, *TENSOR), TENSOR)
+UPDATE = AtomFormula(_update, (*TENSOR, *TENSOR), TENSOR)

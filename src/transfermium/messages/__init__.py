@@ -1,0 +1,17 @@
+"""Sums over neighbours: formulas, written once, with fast first and second derivatives."""
+
+from .expression import sigmoid, softplus, sqrt, total
+from .formula import AtomFormula, EdgeFormula, Neighborhood, Radii, have_kernels, reference
+
+__all__ = [
+    "AtomFormula",
+    "EdgeFormula",
+    "Neighborhood",
+    "Radii",
+    "have_kernels",
+    "reference",
+    "sigmoid",
+    "softplus",
+    "sqrt",
+    "total",
+]

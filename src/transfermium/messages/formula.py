@@ -1,0 +1,343 @@
+"""Formulas of edges or atoms as differentiable functions of tensors: kernels on a CPU, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..graph import AtomGraph, Cutoff
+from . import kernels, spline
+from .expression import Expression, gradients, radial, sort, sqrt, symbol
+from .kernels import Array, Kernel, Output
+from .spline import Grid
+
+_use_kernels = True
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """Evaluate formulas with plain torch operations inside this context, also where kernels could."""
+    global _use_kernels
+    before, _use_kernels = _use_kernels, False
+    try:
+        yield
+    finally:
+        _use_kernels = before
+
+
+def have_kernels(*tensors: Tensor) -> bool:
+    """Whether these tensors are worked on by compiled kernels: float32 on a CPU, with llvmlite installed."""
+    return (
+        _use_kernels
+        and kernels.available()
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    )
+
+
+class Radii(NamedTuple):
+    """Where radial functions are evaluated: on every edge, or on the grid of their splines."""
+
+    lengths: Tensor  # (n,), Å
+    basis: Tensor  # (n, n_basis)
+    envelope: Tensor  # (n, 1), one to zero at the cutoff
+
+
+class Neighborhood:
+    """The edges of a graph, ready for the sums of one forward pass.
+
+    Args:
+        graph: edges sorted by receiver.
+        cutoff: of the graph.
+        basis: lengths (n,) to radial functions (n, n_basis), evaluated once for all layers.
+    """
+
+    def __init__(self, graph: AtomGraph, cutoff: Cutoff, basis: Callable[[Tensor], Tensor]):
+        self.vectors = graph.edge_vectors()  # (n_edges, 3), Å
+        self.senders = graph.senders
+        self.receivers = graph.receivers
+        self.n_atoms = graph.n_atoms
+        self.grid = spline.grid(cutoff.radius)
+        self.compiled = have_kernels(self.vectors)
+        if self.compiled:
+            lengths = self.grid.samples(self.vectors.device)
+        else:
+            lengths = torch.linalg.vector_norm(self.vectors, dim=1)
+            self.directions = self.vectors / lengths.unsqueeze(1)
+        dtype = self.vectors.dtype
+        radii = Radii(lengths, basis(lengths), cutoff.envelope(lengths).unsqueeze(1))
+        self.radii = Radii(*(x.to(dtype) for x in radii))
+
+    def sum(
+        self,
+        formula: EdgeFormula,
+        filters: Callable[[Radii], Tensor],
+        senders: Sequence[Tensor] = (),
+        receivers: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """What all neighbours contribute to each atom: (n_atoms, components, channels) for each output.
+
+        Args:
+            formula: of one edge.
+            filters: radial functions, (n, functions · channels) for n lengths.
+            senders: features of the neighbours, (n_atoms, components, channels) each.
+            receivers: features of the atom itself, likewise.
+        """
+        values = filters(self.radii)
+        values = values.unflatten(1, (formula.filters, -1))
+        if self.compiled:
+            table = spline.coefficients(values)
+            return _Formula.apply(formula.kernels, self, self.vectors, table, *senders, *receivers)
+        return self._reference(formula, values, senders, receivers)
+
+    def _reference(
+        self, formula: EdgeFormula, filters: Tensor, senders: Sequence[Tensor], receivers: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        sender = [x for t in senders for x in t.index_select(0, self.senders).unbind(1)]
+        receiver = [x for t in receivers for x in t.index_select(0, self.receivers).unbind(1)]
+        directions = self.directions.unsqueeze(2).unbind(1)
+        outputs = formula.of(sender, receiver, filters.unbind(1), directions, self.radii.lengths.unsqueeze(1))
+        # component by component, so that nothing is copied once more per edge
+        sums = [x.new_zeros(self.n_atoms, x.shape[1]).index_add(0, self.receivers, x) for x in outputs]
+        return _grouped(sums, formula.outputs)
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Where the edges of each atom begin, and the end of the last: (n_atoms + 1,)."""
+        counts = torch.bincount(self.receivers, minlength=self.n_atoms)
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    @functools.cache  # noqa: B019
+    def bounds(self, parts: int) -> list[int]:
+        """Cut the atoms into parts with about as many edges each."""
+        starts = self.starts.numpy()
+        inner = np.searchsorted(starts, np.linspace(0, starts[-1], parts + 1)[1:-1])
+        return [0, *(int(i) for i in inner), self.n_atoms]
+
+
+class EdgeFormula:
+    """What one neighbour contributes to an atom.
+
+    Args:
+        of: (sender, receiver, filters, direction, length) to the components of all outputs; `sender` and `receiver` are
+            the components of the features of both atoms, `filters` the radial functions, `direction` the three
+            components of the unit vector from receiver to sender, `length` that of the edge in Å.
+        outputs: number of components of each output.
+        filters: number of radial functions.
+        senders, receivers: number of components of each tensor of features.
+    """
+
+    def __init__(
+        self,
+        of: Callable[..., Sequence[Any]],
+        outputs: Sequence[int],
+        filters: int,
+        senders: Sequence[int] = (),
+        receivers: Sequence[int] = (),
+    ):
+        self.of = of
+        self.outputs = tuple(outputs)
+        self.filters = filters
+        features = [Array(f"senders{k}", "sender", n) for k, n in enumerate(senders)]
+        features += [Array(f"receivers{k}", "receiver", n) for k, n in enumerate(receivers)]
+        arrays = [Array("vectors", "edge", 3), Array("table", "table", filters), *features]
+
+        def expressions() -> list[Expression]:
+            x, y, z = _symbols(arrays[0])
+            length = sqrt(x * x + y * y + z * z)
+            direction = [v * (1.0 / length) for v in (x, y, z)]
+            sender = [x for array in features if array.place == "sender" for x in _symbols(array)]
+            receiver = [x for array in features if array.place == "receiver" for x in _symbols(array)]
+            return list(of(sender, receiver, [radial(k, length) for k in range(filters)], direction, length))
+
+        self.kernels = _Kernels(expressions, arrays, self.outputs)
+
+
+class AtomFormula:
+    """Numbers of one atom and channel computed from others: tensors (n, components, channels) to such tensors.
+
+    Args:
+        of: components of all inputs, in one sequence, to the components of all outputs.
+        inputs, outputs: number of components of each.
+    """
+
+    def __init__(self, of: Callable[[Sequence[Any]], Sequence[Any]], inputs: Sequence[int], outputs: Sequence[int]):
+        self.of = of
+        self.outputs = tuple(outputs)
+        arrays = [Array(f"atoms{k}", "receiver", n) for k, n in enumerate(inputs)]
+        self.kernels = _Kernels(
+            lambda: list(of([x for array in arrays for x in _symbols(array)])), arrays, self.outputs, over_edges=False
+        )
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if have_kernels(*inputs):
+            return _Formula.apply(self.kernels, None, *inputs)
+        return _grouped(self.of([x for t in inputs for x in t.unbind(1)]), self.outputs)
+
+
+class _Kernels:
+    """Kernels of a formula and of its first and second derivatives, compiled when first needed."""
+
+    def __init__(
+        self,
+        expressions: Callable[[], list[Expression]],
+        inputs: Sequence[Array],
+        outputs: Sequence[int],
+        over_edges: bool = True,
+    ):
+        self.expressions = functools.cache(expressions)
+        self.inputs = {array.name: array for array in inputs}
+        self.outputs = [Array(f"outputs{k}", "receiver", n) for k, n in enumerate(outputs)]
+        self.cotangents = {f"cotangents{k}": Array(f"cotangents{k}", "receiver", n) for k, n in enumerate(outputs)}
+        self.arrays = {**self.inputs, **self.cotangents}
+        self.arrays |= {f"{name}.tangent": a._replace(name=f"{name}.tangent") for name, a in self.inputs.items()}
+        self.over_edges = over_edges
+
+    @functools.cache  # noqa: B019
+    def value(self, channels: int, grid: Grid | None) -> Kernel:
+        """The formula itself."""
+        expressions = iter(self.expressions())
+        outputs = [Output(a, tuple(next(expressions) for _ in range(a.components))) for a in self.outputs]
+        return self._kernel(outputs, channels, grid)
+
+    @functools.cache  # noqa: B019
+    def gradient(self, given: tuple[str, ...], wanted: tuple[str, ...], channels: int, grid: Grid | None) -> Kernel:
+        """Σ cotangent · output over the cotangents that are given, derived with respect to the arrays `wanted`."""
+        return self._kernel(self._derived(self._first(given), wanted), channels, grid)
+
+    @functools.cache  # noqa: B019
+    def second(
+        self,
+        given: tuple[str, ...],
+        tangents: tuple[str, ...],
+        wanted: tuple[str, ...],
+        channels: int,
+        grid: Grid | None,
+    ) -> Kernel:
+        """Σ tangent · gradient, derived with respect to the arrays `wanted`, the cotangents among them."""
+        leaves = [x for name in tangents for x in _symbols(self.inputs[name])]
+        directions = [x for name in tangents for x in _symbols(self.arrays[f"{name}.tangent"])]
+        inner: dict[Expression, Expression] = {}
+        for g, direction in zip(gradients(self._first(given), leaves), directions, strict=True):
+            inner[g] = inner[g] + direction if g in inner else direction
+        return self._kernel(self._derived(inner, wanted), channels, grid)
+
+    def _first(self, given: Sequence[str]) -> dict[Expression, Expression]:
+        roots: dict[Expression, Expression] = {}
+        expressions = iter(self.expressions())
+        for name, array in self.cotangents.items():
+            for cotangent in _symbols(array):
+                x = next(expressions)
+                if name in given:
+                    roots[x] = roots[x] + cotangent if x in roots else cotangent
+        return roots
+
+    def _derived(self, of: dict[Expression, Expression], wanted: Sequence[str]) -> list[Output]:
+        radials = [x for x in sort(of) if x.op == "radial"]
+        leaves = {name: radials if name == "table" else _symbols(self.arrays[name]) for name in wanted}
+        results = iter(gradients(of, [x for xs in leaves.values() for x in xs]))
+        return [
+            Output(self.arrays[name], tuple(next(results) for _ in xs), tuple(radials) if name == "table" else ())
+            for name, xs in leaves.items()
+        ]
+
+    def _kernel(self, outputs: list[Output], channels: int, grid: Grid | None) -> Kernel:
+        used = sort(x for output in outputs for x in (*output.values, *(r.args[0] for r in output.radials)))
+        names = {x.value[0] for x in used if x.op == "input"} | {"table" for x in used if x.op == "radial"}
+        inputs = tuple(array for name, array in self.arrays.items() if name in names)
+        return Kernel(inputs, tuple(outputs), channels, grid, self.over_edges)
+
+
+class _Formula(torch.autograd.Function):
+    """A formula summed over the neighbours of each atom, or (without edges) of the atoms themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, edges: Neighborhood | None, *inputs: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.edges = kernels, edges
+        ctx.save_for_backward(*inputs)
+        kernel = kernels.value(inputs[-1].shape[2], edges and edges.grid)
+        return tuple(_run(kernel, dict(zip(kernels.inputs, inputs, strict=True)), edges).values())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        given = {n: t for n, t in zip(ctx.kernels.cotangents, cotangents, strict=True) if t is not None}
+        wanted = tuple(name for name, need in zip(ctx.kernels.inputs, _needed(ctx)[2:], strict=True) if need)
+        arguments = (*given.values(), *ctx.saved_tensors)
+        return None, None, *_Gradient.apply(ctx.kernels, ctx.edges, tuple(given), wanted, *arguments)
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: _Kernels,
+        edges: Neighborhood | None,
+        given: tuple[str, ...],
+        wanted: tuple[str, ...],
+        *tensors: Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.edges, ctx.given = kernels, edges, given
+        ctx.save_for_backward(*tensors)
+        results: dict[str, Tensor] = {}
+        if given and wanted:
+            kernel = kernels.gradient(given, wanted, tensors[-1].shape[2], edges and edges.grid)
+            results = _run(kernel, dict(zip((*given, *kernels.inputs), tensors, strict=True)), edges)
+        return tuple(results.get(name) for name in kernels.inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: Tensor | None) -> Any:
+        kernels, edges, names = ctx.kernels, ctx.edges, (*ctx.given, *ctx.kernels.inputs)
+        tensors = dict(zip(names, ctx.saved_tensors, strict=True))
+        along = {name: t for name, t in zip(kernels.inputs, tangents, strict=True) if t is not None}
+        if "table" in along:
+            raise NotImplementedError("gradients of weights cannot be differentiated again: use messages.reference()")
+        wanted = tuple(name for name, need in zip(names, _needed(ctx)[4:], strict=True) if need)
+        results: dict[str, Tensor] = {}
+        if along and wanted:
+            channels = ctx.saved_tensors[-1].shape[2]
+            kernel = kernels.second(ctx.given, tuple(along), wanted, channels, edges and edges.grid)
+            results = _run(kernel, {**tensors, **{f"{name}.tangent": t for name, t in along.items()}}, edges)
+        return None, None, None, None, *(results.get(name) for name in names)
+
+
+def _run(kernel: Kernel, tensors: dict[str, Tensor], edges: Neighborhood | None) -> dict[str, Tensor]:
+    """Results of a kernel by the name of their array."""
+    n_atoms = edges.n_atoms if edges is not None else len(next(iter(tensors.values())))
+    rows = {
+        "edge": len(edges.senders) if edges is not None else 0,
+        "table": kernel.grid.n_coefficients if kernel.grid else 0,
+    }
+    lengths = [rows.get(output.array.place, n_atoms) for output in kernel.outputs]
+    results = kernel(edges, [tensors[array.name] for array in kernel.inputs], n_atoms, lengths)
+    return {output.array.name: result for output, result in zip(kernel.outputs, results, strict=True)}
+
+
+def _symbols(array: Array) -> list[Expression]:
+    return [symbol(array.name, k, per_edge=array.place == "edge") for k in range(array.components)]
+
+
+def _grouped(components: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    parts = iter(components)
+    return tuple(torch.stack([next(parts) for _ in range(n)], dim=1) for n in sizes)
+
+
+def _needed(ctx: Any) -> list[bool]:
+    """Which inputs of a function have a gradient that this backward pass will use."""
+    nodes = iter(node for node, _ in ctx.next_functions if node is not None)
+    return [wanted and _will_run(next(nodes)) for wanted in ctx.needs_input_grad]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except (AttributeError, RuntimeError):  # a leaf, or a torch without this function
+        return True
