@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from .backbones.base import Backbone, Edges, Features
 from .errors import InputError
-from .graph import AtomGraph
+from .graph import AtomGraph, Cutoff
 from .heads import Head
+from .messages import EdgeFormula, Neighborhood, Radii, fixed_weights
 from .nn import Bessel, lengths_and_directions
 
 FORMAT = 1
@@ -81,6 +83,10 @@ class Model(nn.Module):
         for name in wanted:
             if name not in self.outputs:
                 raise InputError(f"this model has no output '{name}': it has {', '.join(self.outputs)}")
+        with contextlib.nullcontext() if self.training else fixed_weights():
+            return self._outputs(graph, wanted)
+
+    def _outputs(self, graph: AtomGraph, wanted: Sequence[str]) -> dict[str, Tensor]:
         derived = {name: self.derivatives[name] for name in wanted if name in self.derivatives}
         if not derived:
             with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
@@ -110,7 +116,7 @@ class Model(nn.Module):
         """What the backbone sees, completed with what heads need."""
         features = self.backbone(graph)
         bond_vectors = self.bond_vectors if features.vectors is None and "vectors" in needs else None
-        if "edges" in needs or bond_vectors is not None:
+        if "edges" in needs:
             lengths, directions = lengths_and_directions(graph.edge_vectors())
             features = features._replace(edges=Edges(lengths, directions, self.backbone.edges.envelope(lengths)))
         if bond_vectors is not None:
@@ -250,16 +256,26 @@ class BondVectors(nn.Module):
 
     def __init__(self, width: int, cutoff: float):
         super().__init__()
+        self.cutoff = Cutoff(cutoff)
         self.basis = Bessel(12, cutoff)
         self.filter = nn.Linear(13, width, bias=False)
         self.sender = nn.Linear(width, width)
 
     def forward(self, features: Features, graph: AtomGraph) -> Tensor:
-        assert features.edges is not None
-        lengths, directions, weights = features.edges
-        basis = torch.cat([self.basis(lengths), torch.ones_like(lengths).unsqueeze(1)], dim=1) * weights.unsqueeze(1)
-        scalars = self.filter(basis) * self.sender(features.scalars).index_select(0, graph.senders)
-        return graph.sum_over_neighbors(scalars.unsqueeze(1) * directions.unsqueeze(2))
+        edges = Neighborhood(graph, self.cutoff, self.basis)
+        (vectors,) = edges.sum(BOND_VECTORS, self.filters, senders=[self.sender(features.scalars).unsqueeze(1)])
+        return vectors
+
+    def filters(self, at: Radii) -> Tensor:
+        return (at.basis @ self.filter.weight[:, :-1].mT + self.filter.weight[:, -1]) * at.envelope
+
+
+BOND_VECTORS = EdgeFormula(
+    lambda sender, receiver, filters, direction, length: [sender[0] * filters[0] * u for u in direction],
+    outputs=(3,),
+    filters=1,
+    senders=(1,),
+)
 
 
 def _differentiable(graph: AtomGraph, kinds: Collection[type]) -> tuple[AtomGraph, dict[type, Tensor]]:

@@ -43,15 +43,18 @@ class NodeInputs(nn.Module):
 
     def forward(self, graph: AtomGraph) -> Tensor:
         """Element and inputs of each atom as one vector: (n_atoms, width)."""
-        if graph.n_atoms and int(graph.atomic_numbers.max()) > self.elements:
-            raise InputError(
-                f"element {int(graph.atomic_numbers.max())} is beyond this model's table of {self.elements} elements: "
-                f"build the backbone with elements={LAST_ELEMENT}"
-            )
+        self._check(graph.atomic_numbers)
         result = self.element(graph.atomic_numbers)
         for name, linear in self.inputs.items():
             result = result + linear(graph.inputs[name])
         return result
+
+    def _check(self, numbers: Tensor) -> None:
+        advice = f"build the backbone with elements={LAST_ELEMENT}"
+        if numbers.is_cuda:  # without waiting for the device
+            torch._assert_async((numbers <= self.elements).all(), f"an element is beyond this model's table: {advice}")
+        elif len(numbers) and (highest := int(numbers.max())) > self.elements:
+            raise InputError(f"element {highest} is beyond this model's table of {self.elements} elements: {advice}")
 
 
 class Gaussians(nn.Module):

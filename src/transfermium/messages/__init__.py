@@ -1,13 +1,14 @@
 """Sums over neighbours: formulas, written once, with fast first and second derivatives."""
 
 from .expression import sigmoid, softplus, sqrt, total
-from .formula import AtomFormula, EdgeFormula, Neighborhood, Radii, have_kernels, reference
+from .formula import AtomFormula, EdgeFormula, Neighborhood, Radii, fixed_weights, have_kernels, reference
 
 __all__ = [
     "AtomFormula",
     "EdgeFormula",
     "Neighborhood",
     "Radii",
+    "fixed_weights",
     "have_kernels",
     "reference",
     "sigmoid",

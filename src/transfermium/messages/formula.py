@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..graph import AtomGraph, Cutoff
@@ -18,24 +20,35 @@ from .expression import Expression, gradients, radial, sort, sqrt, symbol
 from .kernels import Array, Kernel, Output
 from .spline import Grid
 
-_use_kernels = True
+_use_kernels = ContextVar("use_kernels", default=True)
+_weights_are_fixed = ContextVar("weights_are_fixed", default=False)
+_tables: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def reference() -> Iterator[None]:
     """Evaluate formulas with plain torch operations inside this context, also where kernels could."""
-    global _use_kernels
-    before, _use_kernels = _use_kernels, False
+    token = _use_kernels.set(False)
     try:
         yield
     finally:
-        _use_kernels = before
+        _use_kernels.reset(token)
+
+
+@contextlib.contextmanager
+def fixed_weights() -> Iterator[None]:
+    """Take weights as constants inside this context, so that what depends on them alone is computed once."""
+    token = _weights_are_fixed.set(True)
+    try:
+        yield
+    finally:
+        _weights_are_fixed.reset(token)
 
 
 def have_kernels(*tensors: Tensor) -> bool:
     """Whether these tensors are worked on by compiled kernels: float32 on a CPU, with llvmlite installed."""
     return (
-        _use_kernels
+        _use_kernels.get()
         and kernels.available()
         and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
     )
@@ -64,15 +77,9 @@ class Neighborhood:
         self.receivers = graph.receivers
         self.n_atoms = graph.n_atoms
         self.grid = spline.grid(cutoff.radius)
+        self.cutoff = cutoff
+        self.basis = basis
         self.compiled = have_kernels(self.vectors)
-        if self.compiled:
-            lengths = self.grid.samples(self.vectors.device)
-        else:
-            lengths = torch.linalg.vector_norm(self.vectors, dim=1)
-            self.directions = self.vectors / lengths.unsqueeze(1)
-        dtype = self.vectors.dtype
-        radii = Radii(lengths, basis(lengths), cutoff.envelope(lengths).unsqueeze(1))
-        self.radii = Radii(*(x.to(dtype) for x in radii))
 
     def sum(
         self,
@@ -89,20 +96,48 @@ class Neighborhood:
             senders: features of the neighbours, (n_atoms, components, channels) each.
             receivers: features of the atom itself, likewise.
         """
-        values = filters(self.radii)
-        values = values.unflatten(1, (formula.filters, -1))
         if self.compiled:
-            table = spline.coefficients(values)
+            table = self._table(formula, filters)
             return _Formula.apply(formula.kernels, self, self.vectors, table, *senders, *receivers)
-        return self._reference(formula, values, senders, receivers)
+        return self._reference(formula, filters(self.radii), senders, receivers)
+
+    @functools.cached_property
+    def radii(self) -> Radii:
+        """Where radial functions are evaluated: on the grid of splines, or on every edge."""
+        lengths = self.grid.samples(self.vectors.device) if self.compiled else self.lengths
+        radii = Radii(lengths, self.basis(lengths), self.cutoff.envelope(lengths).unsqueeze(1))
+        return Radii(*(x.to(self.vectors.dtype) for x in radii))
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """Of the edges, in Å: (n_edges,)."""
+        return torch.linalg.vector_norm(self.vectors, dim=1)
+
+    def _table(self, formula: EdgeFormula, filters: Callable[[Radii], Tensor]) -> Tensor:
+        """Spline coefficients of radial functions; inside `fixed_weights` kept for as long as the weights stay."""
+        found = [getattr(f, "__self__", f) for f in (filters, self.basis)]
+        owners = [owner for owner in found if isinstance(owner, nn.Module)]
+        if not _weights_are_fixed.get() or len(owners) < len(found):
+            return self._new_table(formula, filters)
+        weights = [w for owner in owners for w in (*owner.parameters(), *owner.buffers())]
+        state = (formula, self.grid, *((w.data_ptr(), w._version) for w in weights))
+        kept = _tables.get(owners[0])
+        if kept is None or kept[0] != state:
+            with torch.no_grad():
+                kept = _tables[owners[0]] = (state, self._new_table(formula, filters))
+        return kept[1]
+
+    def _new_table(self, formula: EdgeFormula, filters: Callable[[Radii], Tensor]) -> Tensor:
+        return spline.coefficients(filters(self.radii).unflatten(1, (formula.filters, -1)))
 
     def _reference(
-        self, formula: EdgeFormula, filters: Tensor, senders: Sequence[Tensor], receivers: Sequence[Tensor]
+        self, formula: EdgeFormula, values: Tensor, senders: Sequence[Tensor], receivers: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
+        filters = values.unflatten(1, (formula.filters, -1)).unbind(1)
         sender = [x for t in senders for x in t.index_select(0, self.senders).unbind(1)]
         receiver = [x for t in receivers for x in t.index_select(0, self.receivers).unbind(1)]
-        directions = self.directions.unsqueeze(2).unbind(1)
-        outputs = formula.of(sender, receiver, filters.unbind(1), directions, self.radii.lengths.unsqueeze(1))
+        directions = (self.vectors / self.lengths.unsqueeze(1)).unsqueeze(2).unbind(1)
+        outputs = formula.of(sender, receiver, filters, directions, self.lengths.unsqueeze(1))
         # component by component, so that nothing is copied once more per edge
         sums = [x.new_zeros(self.n_atoms, x.shape[1]).index_add(0, self.receivers, x) for x in outputs]
         return _grouped(sums, formula.outputs)

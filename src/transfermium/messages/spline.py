@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INTERVALS = 768
+INTERVALS = 512
 SPLINES = (  # the four B-splines on an interval, as polynomials of the place in it
     (1 / 6, -1 / 2, 1 / 2, -1 / 6),
     (2 / 3, 0.0, -1.0, 1 / 2),
