@@ -22,7 +22,7 @@ from .spline import Grid
 
 _use_kernels = ContextVar("use_kernels", default=True)
 _weights_are_fixed = ContextVar("weights_are_fixed", default=False)
-_tables: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -123,8 +123,8 @@ class Neighborhood:
         state = (formula, self.grid, *((w.data_ptr(), w._version) for w in weights))
         kept = _tables.get(owners[0])
         if kept is None or kept[0] != state:
-            with torch.no_grad():
-                kept = _tables[owners[0]] = (state, self._new_table(formula, filters))
+            with torch.no_grad():  # the old weights are held on to, so that new ones cannot take their addresses
+                kept = _tables[owners[0]] = (state, self._new_table(formula, filters), [w.detach() for w in weights])
         return kept[1]
 
     def _new_table(self, formula: EdgeFormula, filters: Callable[[Radii], Tensor]) -> Tensor:
