@@ -228,6 +228,19 @@ class TestFormulas:
         (slope,) = torch.autograd.grad(first.sum(), x)
         torch.testing.assert_close(slope, x.detach().flip(1))
 
+    def test_shapes_are_checked(self):
+        formula = AtomFormula(lambda x: [x[0] + x[1]], inputs=(1, 1), outputs=(1,))
+        with pytest.raises(ValueError, match=r"'atoms1' has shape \(2, 1, 8\), but must have \(3, 1, 8\)"):
+            formula(torch.zeros(3, 1, 8), torch.zeros(2, 1, 8))
+
+    def test_edges_are_checked(self, alloy):
+        model = _model(BACKBONES[1]).eval()
+        graph = to_graph([alloy], BACKBONES[1].edges)
+        with pytest.raises(IndexError):
+            model(graph._replace(senders=graph.senders + 3), ["energy"])
+        with pytest.raises(ValueError, match="sorted by receiver"):
+            model(graph._replace(receivers=graph.receivers.flip(0)), ["energy"])
+
     def test_extreme_numbers_stay_finite(self):
         formula = AtomFormula(lambda x: [sigmoid(x[0]), softplus(x[0])], inputs=(1,), outputs=(1, 1))
         x = torch.tensor([-1e4, -90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 1e4]).view(1, 1, -1)

@@ -73,7 +73,7 @@ class Neighborhood:
 
     def __init__(self, graph: AtomGraph, cutoff: Cutoff, basis: Callable[[Tensor], Tensor]):
         self.vectors = graph.edge_vectors()  # (n_edges, 3), Å
-        self.senders = graph.senders
+        self.senders = graph.senders.contiguous()
         self.receivers = graph.receivers
         self.n_atoms = graph.n_atoms
         self.grid = spline.grid(cutoff.radius)
@@ -144,7 +144,12 @@ class Neighborhood:
 
     @functools.cached_property
     def starts(self) -> Tensor:
-        """Where the edges of each atom begin, and the end of the last: (n_atoms + 1,)."""
+        """Where the edges of each atom begin, and the end of the last: (n_atoms + 1,).
+
+        Raises `ValueError` for edges that are not sorted.
+        """
+        if not bool((self.receivers[1:] >= self.receivers[:-1]).all()):
+            raise ValueError("the edges of a graph must be sorted by receiver")
         counts = torch.bincount(self.receivers, minlength=self.n_atoms)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
@@ -347,12 +352,7 @@ class _Gradient(torch.autograd.Function):
 def _run(kernel: Kernel, tensors: dict[str, Tensor], edges: Neighborhood | None) -> dict[str, Tensor]:
     """Results of a kernel by the name of their array."""
     n_atoms = edges.n_atoms if edges is not None else len(next(iter(tensors.values())))
-    rows = {
-        "edge": len(edges.senders) if edges is not None else 0,
-        "table": kernel.grid.n_coefficients if kernel.grid else 0,
-    }
-    lengths = [rows.get(output.array.place, n_atoms) for output in kernel.outputs]
-    results = kernel(edges, [tensors[array.name] for array in kernel.inputs], n_atoms, lengths)
+    results = kernel(edges, [tensors[array.name] for array in kernel.inputs], n_atoms)
     return {output.array.name: result for output, result in zip(kernel.outputs, results, strict=True)}
 
 

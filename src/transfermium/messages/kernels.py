@@ -64,20 +64,29 @@ class Kernel:
         n = 2 + len(self.inputs) + len(self.outputs)
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * n)(self._address)
 
-    def __call__(self, edges: Any, tensors: Sequence[Tensor], n_rows: int, rows_of: Sequence[int]) -> list[Tensor]:
+    def __call__(self, edges: Any, tensors: Sequence[Tensor], n_rows: int) -> list[Tensor]:
         """Run over all edges.
 
         Args:
-            edges: senders, starts and starts of the edges as numpy (`RowStarts`), or None for rows alone.
+            edges: `senders` and `starts` of the edges, and `bounds` that cut the atoms into parts with equal work; None
+                for rows alone.
             tensors: one float32 tensor per input.
             n_rows: atoms.
-            rows_of: length of each output.
+
+        Raises:
+            ValueError: for tensors of other shapes, before any memory is touched.
         """
+        n_edges = 0 if edges is None else len(edges.senders)
+        counts = {"edge": n_edges, "table": self.grid.n_coefficients if self.grid else 0}
+        for array, tensor in zip(self.inputs, tensors, strict=True):
+            shape = self._shape(array, counts.get(array.place, n_rows))
+            if tensor.shape != shape:
+                raise ValueError(f"'{array.name}' has shape {tuple(tensor.shape)}, but must have {shape}")
         threads = min(torch.get_num_threads(), max(n_rows // 16, 1))
         bounds = (
             edges.bounds(threads) if edges is not None else np.linspace(0, n_rows, threads + 1).astype(int).tolist()
         )
-        shapes = [self._shape(output.array, n) for output, n in zip(self.outputs, rows_of, strict=True)]
+        shapes = [self._shape(output.array, counts.get(output.array.place, n_rows)) for output in self.outputs]
         results, own = [], []
         for output, shape in zip(self.outputs, shapes, strict=True):
             shared = threads > 1 and output.array.place in ("sender", "table")  # each thread adds to its own
@@ -94,10 +103,10 @@ class Kernel:
             outs = [(r[part] if o else r).data_ptr() for r, o in zip(results, own, strict=True)]
             self._function(bounds[part], bounds[part + 1], *pointers, *outs)
 
-        if threads == 1:
-            run(0)
-        else:
-            list(_pool(threads).map(run, range(threads)))
+        others = [_pool(threads).submit(run, part) for part in range(1, threads)]
+        run(0)
+        for other in others:
+            other.result()
         return [r.sum(0) if o else r for r, o in zip(results, own, strict=True)]
 
     def _shape(self, array: Array, n: int) -> tuple[int, ...]:
@@ -111,7 +120,7 @@ def available() -> bool:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+    return ThreadPoolExecutor(threads - 1)
 
 
 @functools.cache
