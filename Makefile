@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
-BENCHMARKS := $(wildcard benchmarks/pack/run.py)
+BENCHMARKS := benchmarks/pack/run.py benchmarks/speed/run.py
 
 .PHONY: demo test format docs bench clean
 
