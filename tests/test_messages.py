@@ -15,6 +15,7 @@ from transfermium.messages import (
     EdgeFormula,
     Neighborhood,
     expression,
+    head_total,
     reference,
     sigmoid,
     softplus,
@@ -55,11 +56,12 @@ class TestExpressions:
             lambda x, y: softplus(x * y),
             lambda x, y: 1.0 / (2.0 - sigmoid(x)),
             lambda x, y: x * total(x * y),
+            lambda x, y: y * head_total(x * y * y, 3),
         ],
     )
     def test_gradients_of_gradients_are_those_of_torch(self, function):
         rng = torch.Generator().manual_seed(0)
-        given = {name: torch.randn(3, 5, generator=rng, dtype=torch.float64) for name in "xygh"}
+        given = {name: torch.randn(3, 6, generator=rng, dtype=torch.float64) for name in "xygh"}
         given["x"].requires_grad_()
         given["y"].requires_grad_()
         symbols = {name: symbol(name, 0) for name in "xygh"}
@@ -75,7 +77,7 @@ class TestExpressions:
             (dx * given["h"]).sum(), [given["x"], given["y"], given["g"]], materialize_grads=True
         )
         for mine, torchs in zip([first, *second], [dx, *expected], strict=True):
-            torch.testing.assert_close(_value(mine, given).expand(3, 5), torchs)
+            torch.testing.assert_close(_value(mine, given).expand(3, 6), torchs)
 
 
 class TestSplines:
@@ -189,11 +191,13 @@ class TestKernelsAgainstTheReference:
 
 
 class TestFormulas:
-    def test_sums_of_channels_split_the_loop(self, alloy):
-        """Attention-like: a weight that needs all channels of an edge before any of them can be summed."""
+    @pytest.mark.parametrize("heads", [1, 3, 7, 21])
+    def test_attention(self, heads, alloy):
+        """A weight that needs all channels of an edge, or of a head, before any of them can be summed."""
 
         def attention(sender, receiver, filters, direction, length):
-            weight = sigmoid(total(sender[0] * receiver[0] * filters[0]))
+            product = sender[0] * receiver[0] * filters[0]
+            weight = sigmoid(total(product) if heads == 1 else head_total(product, heads))
             return [sender[0] * weight * filters[0] * direction[2] + length * sender[0]]
 
         formula = EdgeFormula(attention, outputs=(1,), filters=1, senders=(1,), receivers=(1,))
@@ -316,5 +320,6 @@ def _value(x, given):
         "sigmoid": lambda: a[0].sigmoid(),
         "softplus": lambda: torch.nn.functional.softplus(a[0]),
         "total": lambda: a[0].sum(-1, keepdim=True),
+        "head_total": lambda: head_total(a[0], x.value),
     }
     return rules[x.op]()

@@ -1,6 +1,6 @@
 """Sums over neighbours: formulas, written once, with fast first and second derivatives."""
 
-from .expression import sigmoid, softplus, sqrt, total
+from .expression import head_total, sigmoid, softplus, sqrt, total
 from .formula import AtomFormula, EdgeFormula, Neighborhood, Radii, fixed_weights, have_kernels, reference
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Radii",
     "fixed_weights",
     "have_kernels",
+    "head_total",
     "reference",
     "sigmoid",
     "softplus",

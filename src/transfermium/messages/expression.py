@@ -117,6 +117,18 @@ def total(x: Any) -> Any:
     return x.sum(dim=-1, keepdim=True) if isinstance(x, Tensor) else _make("total", (x,), per_edge=True)
 
 
+@overload
+def head_total(x: Tensor, heads: int) -> Tensor: ...
+@overload
+def head_total(x: Expression, heads: int) -> Expression: ...
+def head_total(x: Any, heads: int) -> Any:
+    """Sum over the channels of each attention head, given to all of its channels; heads are equal runs of channels."""
+    if not isinstance(x, Tensor):
+        return _make("head_total", (x,), heads, per_edge=False)
+    sums = x.unflatten(-1, (heads, -1)).sum(dim=-1, keepdim=True)
+    return sums.expand(*sums.shape[:-1], x.shape[-1] // heads).flatten(-2)
+
+
 def gradients(of: Mapping[Expression, Expression], wanted: Sequence[Expression]) -> list[Expression]:
     """Derivatives of Σ cotangent · expression, summed over channels, with respect to `wanted` (reverse mode).
 
@@ -132,6 +144,8 @@ def gradients(of: Mapping[Expression, Expression], wanted: Sequence[Expression])
         if expression not in collected:
             continue
         cotangent = _joined(expression, collected[expression])
+        if expression.op == "head_total":  # not a product: the cotangents of a head are added up too
+            collected.setdefault(expression.args[0], []).append(head_total(cotangent, expression.value))
         for argument, local in _locals(expression):
             collected.setdefault(argument, []).append(cotangent * local)
     return [_joined(expression, collected.get(expression, [])) for expression in wanted]
@@ -166,6 +180,7 @@ def _locals(x: Expression) -> list[tuple[Expression, Expression]]:
         "sigmoid": lambda: [(x.args[0], x * (1.0 - x))],
         "softplus": lambda: [(x.args[0], sigmoid(x.args[0]))],
         "total": lambda: [(x.args[0], one)],
+        "head_total": lambda: [],  # see below
         "radial": lambda: [(x.args[0], radial(x.value[0], x.args[0], x.value[1] + 1))],
     }
     return rules[x.op]()

@@ -186,6 +186,10 @@ class _Source:
         for x in self.order:
             below = max((self.phase[a] for a in x.args), default=0)
             self.phase[x] = below + (x.op == "total")
+        heads = {x.value for x in self.order if x.op == "head_total"}
+        if any(channels % n for n in heads) or len(heads) > 1:
+            raise ValueError(f"{channels} channels cannot be divided among {', '.join(map(str, heads))} heads")
+        self.width = channels // heads.pop() if heads else vector_width()  # a block of channels holds a whole head
         self.scalars: dict[Expression, str] = {}
         self.splines: dict[Expression, _Spline] = {}
 
@@ -199,8 +203,9 @@ class _Source:
         return "\n".join([head, "entry:", *self.lines, "  ret void", "}", *self._declarations()])
 
     def _declarations(self) -> list[str]:
-        kinds = ["float", *[f"<{w} x float>" for w in (4, 8, 16)]]
-        names = ["f32", *[f"v{w}f32" for w in (4, 8, 16)]]
+        widths = sorted({4, 8, 16, self.width})
+        kinds = ["float", *[f"<{w} x float>" for w in widths]]
+        names = ["f32", *[f"v{w}f32" for w in widths]]
         lines = []
         for kind, name in zip(kinds, names, strict=True):
             lines.append(f"declare {kind} @llvm.sqrt.{name}({kind})")
@@ -260,7 +265,7 @@ class _Source:
         if not targets and not sums:
             return
         parts: dict[Expression, list[str]] = {x: [] for x in sums}
-        start, width = 0, vector_width()
+        start, width = 0, self.width
         while start < self.channels:
             n = (self.channels - start) // width
             if n:
@@ -316,9 +321,7 @@ class _Source:
         results = []
         for a in accumulators:
             v = self._emit(f"load {kind}, ptr {a}")
-            if width > 1:
-                v = self._emit(f"call {FLAGS} float @llvm.vector.reduce.fadd.v{width}f32(float 0.0, {kind} {v})")
-            results.append(v)
+            results.append(self._sum_of(v, width))
         return results
 
     # -- values --------------------------------------------------------------------------------------------------
@@ -351,7 +354,18 @@ class _Source:
             )
         if x.op == "softplus":
             return self._softplus(a[0], width)
+        if x.op == "head_total":
+            if width == 1:
+                return a[0]
+            return self._splat(self._sum_of(a[0], width), width)
         raise AssertionError(x.op)
+
+    def _sum_of(self, vector: str, width: int) -> str:
+        if width == 1:
+            return vector
+        return self._emit(
+            f"call {FLAGS} float @llvm.vector.reduce.fadd.v{width}f32(float 0.0, {_kind(width)} {vector})"
+        )
 
     def _exp(self, x: str, width: int) -> str:
         """exp by 2^n · 2^f with a polynomial for f ∈ [-½, ½]."""
