@@ -2,7 +2,8 @@
 
 from .base import Backbone, Features
 from .cgcnn import CGCNN
+from .et import ET
 from .painn import PaiNN
 from .tensornet import TensorNet
 
-__all__ = ["CGCNN", "Backbone", "Features", "PaiNN", "TensorNet"]
+__all__ = ["CGCNN", "ET", "Backbone", "Features", "PaiNN", "TensorNet"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INTERVALS = 512
+INTERVALS_PER_ANGSTROM = 160
 SPLINES = (  # the four B-splines on an interval, as polynomials of the place in it
     (1 / 6, -1 / 2, 1 / 2, -1 / 6),
     (2 / 3, 0.0, -1.0, 1 / 2),
@@ -39,7 +39,9 @@ class Grid(NamedTuple):
         return self.start + self.step * torch.arange(-3, self.intervals + 4, device=device, dtype=torch.float64)
 
 
-def grid(cutoff: float, intervals: int = INTERVALS) -> Grid:
+def grid(cutoff: float) -> Grid:
+    """A grid fine enough that the slopes of radial networks in use are right to single precision or nearly so."""
+    intervals = round(INTERVALS_PER_ANGSTROM * cutoff)
     step = cutoff / (intervals + 1)
     return Grid(4 * step, step, intervals)
 
