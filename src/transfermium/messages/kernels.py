@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,6 @@ from torch import Tensor
 
 from .expression import Expression, sort
 from .spline import SPLINES, Grid
-
-try:
-    import llvmlite.binding as llvm
-except ImportError:  # the reference does everything that kernels do
-    llvm = None
 
 Place = Literal["receiver", "sender", "edge", "table"]
 FLAGS = "reassoc nsz arcp contract"
@@ -113,9 +109,10 @@ class Kernel:
         return (n, array.components) if array.place == "edge" else (n, array.components, self.channels)
 
 
+@functools.cache
 def available() -> bool:
-    """Whether kernels can be compiled here."""
-    return llvm is not None
+    """Whether kernels can be compiled here; without them the reference does everything."""
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 @functools.cache
@@ -126,6 +123,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 @functools.cache
 def _machine() -> Any:
     """Target machine of this CPU."""
+    import llvmlite.binding as llvm  # not before it is needed: imports should be quick
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features().flatten()
@@ -137,6 +136,8 @@ def _machine() -> Any:
 @functools.cache
 def vector_width() -> int:
     """Numbers that one instruction works on."""
+    import llvmlite.binding as llvm
+
     features = llvm.get_host_cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
 
@@ -145,6 +146,8 @@ _engines: list[Any] = []  # keep compiled code alive
 
 
 def _compiled(source: str) -> int:
+    import llvmlite.binding as llvm
+
     machine = _machine()
     module = llvm.parse_assembly(source)
     module.verify()

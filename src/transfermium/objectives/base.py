@@ -88,6 +88,6 @@ def absolute_errors(output: Tensor, target: Tensor, weight: float, rounding: flo
     Errors well below `rounding` r count less, as |x|²/2r: the pseudo-Huber loss.
     """
     present = torch.isfinite(target)
-    errors = (output.double() - target)[present]
+    errors = torch.where(present, output.double() - target, 0.0)  # a selection would wait for the GPU
     errors = rounding * (torch.sqrt(1 + (errors / rounding) ** 2) - 1) if rounding else errors.abs()
     return weight * errors.sum(), present.sum()
