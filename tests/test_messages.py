@@ -115,7 +115,7 @@ BACKBONES = [
     tm.TensorNet(width=16, depth=2),
     tm.PaiNN(width=24, depth=2),
     tm.CGCNN(width=13, channels=11, depth=2, cutoff=5.0, gaussians=16),
-    tm.backbones.ET(width=16, depth=2, heads=4),
+    tm.ET(width=16, depth=2, heads=4),
 ]
 
 

@@ -39,6 +39,7 @@ def _nequip(name: str, without: frozenset[str] = frozenset()) -> System:
 SYSTEMS = (
     System(OURS, "TensorNet", OURS, OURS, OURS, 64, 2),
     System(OURS, "PaiNN", OURS, OURS, OURS, 64, 3),
+    System(OURS, "ET", OURS, OURS, OURS, 64, 4),
     System(OURS, "CGCNN", OURS, OURS, OURS, 64, 4),
     _torchmdnet("TensorNet", 2),
     _torchmdnet("ET", 4),

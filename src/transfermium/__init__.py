@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from .backbones import CGCNN, Backbone, Features, PaiNN, TensorNet
+from .backbones import CGCNN, ET, Backbone, Features, PaiNN, TensorNet
 from .calculator import Calculator
 from .crystals import crystals
 from .data import PackedSet, pack, read
@@ -16,6 +16,7 @@ from .transfer import finetune, pretrain
 
 __all__ = [
     "CGCNN",
+    "ET",
     "AtomHead",
     "Backbone",
     "Calculator",

@@ -142,6 +142,7 @@ def laws_of_models(backbone: Backbone) -> list[Law]:
         single_precision_is_close,
         files_keep_everything,
         every_parameter_learns,
+        single_precision_learns_the_same,
     ]
 
 
@@ -295,20 +296,38 @@ def files_keep_everything(model: Model) -> None:
 
 def every_parameter_learns(model: Model) -> None:
     """Every trainable parameter has a finite gradient from some output, and not zero"""
-    model = copy.deepcopy(model).train()
+    for name, gradient in _gradients(copy.deepcopy(model)).items():
+        if gradient is None:
+            raise AssertionError(f"{name} has none")
+        _claim(bool(torch.isfinite(gradient).all()), f"{name} has one that is not finite")
+        _claim(bool(gradient.any()), f"{name} has only zeros")
+
+
+def single_precision_learns_the_same(model: Model) -> None:
+    """Gradients of the parameters in float32 agree with those in float64"""
+    exact, rough = _gradients(copy.deepcopy(model)), _gradients(copy.deepcopy(model).float())
+    largest = max(float(gradient.norm()) for gradient in exact.values() if gradient is not None)
+    for name, gradient in exact.items():
+        other = rough[name]
+        if gradient is None or other is None:
+            raise AssertionError(f"{name} has none")
+        difference = float((gradient - other).norm()) / (float(gradient.norm()) + 1e-3 * largest)
+        _claim(difference < 1e-2, f"that of {name} differs by {difference:.1e} of its size")
+
+
+def _gradients(model: Model) -> dict[str, torch.Tensor | None]:
+    """What every trainable parameter has to do with a random combination of all outputs."""
+    model.train()
     model.zero_grad()
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.float64)
     for value in model(_graph(model.backbone, _structures())).values():
-        known = value[torch.isfinite(value)]
+        known = value[torch.isfinite(value)].double()
         total = total + (known * torch.randn(known.shape, generator=generator, dtype=torch.float64)).sum()
     total.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            _claim(parameter.grad is not None, f"{name} has none")
-            assert parameter.grad is not None
-            _claim(bool(torch.isfinite(parameter.grad).all()), f"{name} has one that is not finite")
-            _claim(bool(parameter.grad.any()), f"{name} has only zeros")
+    return {
+        name: None if p.grad is None else p.grad.double() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 # -- laws of objectives ---------------------------------------------------------------------------------------------

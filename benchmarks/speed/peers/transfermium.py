@@ -19,6 +19,7 @@ class Peer:
         backbones = {
             "TensorNet": lambda: tm.TensorNet(setting.width, **common),
             "PaiNN": lambda: tm.PaiNN(setting.width, **common),
+            "ET": lambda: tm.ET(setting.width, **common),
             "CGCNN": lambda: tm.CGCNN(setting.width, channels=setting.width, gaussians=50, **common),
         }
         backbone = backbones[setting.backbone]()
