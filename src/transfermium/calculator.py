@@ -25,6 +25,8 @@ class Calculator(AseCalculator):
         model: a model or its file.
         device: "auto" is CUDA where there is one, else the CPU.
         allow_unseen: predict on elements that the model never saw in training, instead of refusing.
+        skin: how many Å further than the cutoff neighbours are searched, so that none are searched again until an atom
+            has moved by half of it or the cell has changed; results do not depend on it, and zero searches every time.
 
     Raises:
         InputError: when the model has no energy, or is asked about elements it never saw.
@@ -32,14 +34,27 @@ class Calculator(AseCalculator):
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012  (ASE declares a list)
 
-    def __init__(self, model: str | Path | Model, device: str = "auto", allow_unseen: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        model: str | Path | Model,
+        device: str = "auto",
+        allow_unseen: bool = False,
+        skin: float = 1.0,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.model = (model if isinstance(model, Model) else load(model)).to(chosen_device(device)).eval()
         meaning = self.model.card.get("quantities", {}).get("energy", ["energy", "eV"])
         if "energy" not in self.model.outputs or meaning[0] != "energy":
             raise InputError("this model predicts no energy: train it with the Potential objective to use it in ASE")
+        if not 0 <= skin < 10:
+            raise InputError(f"skin is {skin} Å, but must be zero or a little more: 1.0 is usual")
         self.allow_unseen = allow_unseen
+        self.skin = skin
+        self.edges = self.model.backbone.edges
+        self.search = self.edges.search(skin)
         self.checked: set[int] = set()
+        self.usual = {"forces"} & set(self.model.outputs)
 
     def calculate(
         self,
@@ -57,9 +72,11 @@ class Calculator(AseCalculator):
         if "stress" in wanted and not periodic:
             raise PropertyNotImplementedError("stress needs a structure that is periodic in three directions")
 
-        if len(wanted) > 1:  # derivatives cost little together, and the next one is often asked for
-            wanted |= {"forces", *(["stress"] if periodic else [])} & set(self.model.outputs)
-        outputs = self.model(to_graph([self.atoms], self.model.backbone.edges), wanted)
+        if len(wanted) > 1:  # derivatives cost little together, and what was asked for once is so again
+            self.usual |= wanted
+            wanted |= self.usual - (set() if periodic else {"stress"})
+        neighbors = self.edges.neighbors(self.atoms, self.search)
+        outputs = self.model(to_graph([self.atoms], self.edges, known=[neighbors]), wanted)
         arrays = {name: value.detach().double().cpu().numpy() for name, value in outputs.items()}
         self.results["energy"] = self.results["free_energy"] = float(arrays["energy"][0])
         if "forces" in arrays:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
 
 T = TypeVar("T")
 
@@ -16,6 +18,8 @@ console = Console(stderr=True, highlight=False)
 
 def bar(quiet: bool = False) -> Progress:
     """An empty set of progress bars with remaining time; silent when `quiet`."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -30,6 +34,8 @@ def bar(quiet: bool = False) -> Progress:
 
 def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
     """The same items, with a progress bar that counts them."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
     if total is None and isinstance(items, Sequence):
         total = len(items)
@@ -39,6 +45,8 @@ def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of named cells as a table; numbers are right-aligned."""
+    from rich.table import Table
+
     result = Table(title=title, title_justify="left", header_style="bold")
     for name in rows[0] if rows else ():
         numeric = not isinstance(rows[0][name], str)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import ase
@@ -15,7 +17,27 @@ from vesin import NeighborList
 from .errors import InputError
 
 LARGEST_EXTENT = 1e4  # Å; neighbour searches over larger boxes can exhaust memory
+LARGE = 5_000  # atoms; the memory of searches in larger structures is given back
 SHORTEST_DISTANCE = 1e-3  # Å; directions between closer atoms are noise
+
+
+class Neighbors(NamedTuple):
+    """The directed edges of one structure."""
+
+    receivers: np.ndarray  # (n_edges,), sorted
+    senders: np.ndarray  # (n_edges,)
+    shifts: np.ndarray  # (n_edges, 3), whole cells between the receiver and the image of the sender
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in self)
+
+    def compact(self) -> Neighbors:
+        """The same in the smallest types of integers that hold them: 5 bytes an edge in most structures."""
+        last = int(self.senders.max(initial=0))
+        small = np.abs(self.shifts).max(initial=0) < 128
+        index, shift = np.min_scalar_type(last), np.int8 if small else self.shifts.dtype
+        return Neighbors(self.receivers.astype(index), self.senders.astype(index), self.shifts.astype(shift))
 
 
 class AtomGraph(NamedTuple):
@@ -59,16 +81,22 @@ class AtomGraph(NamedTuple):
         return total.index_add(0, self.system_idx, per_atom)
 
     def atoms_per_system(self) -> Tensor:
-        return torch.bincount(self.system_idx, minlength=self.n_systems)
+        return self.sum_over_systems(torch.ones_like(self.system_idx))  # a bincount would wait for the GPU
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> AtomGraph:
         """Move to a device and, when asked, to another floating-point type."""
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, dtype if x.is_floating_point() else None)
+        to_gpu = torch.device(device).type == "cuda"  # the only direction in which nobody reads a copy too early
 
-        moved = {name: move(x) for name, x in self._asdict().items() if name != "inputs"}
-        return AtomGraph(**moved, inputs={name: move(x) for name, x in self.inputs.items()})
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() else None, non_blocking=to_gpu)
+
+        return self.each(move)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> AtomGraph:
+        """The same graph with every tensor changed."""
+        changed = {name: change(x) for name, x in self._asdict().items() if name != "inputs"}
+        return AtomGraph(**changed, inputs={name: change(x) for name, x in self.inputs.items()})
 
 
 class Sample(NamedTuple):
@@ -87,7 +115,13 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move to a device; `dtype` is for the graph, targets keep their precision."""
-        return Batch(self.graph.to(device, dtype), {name: t.to(device) for name, t in self.targets.items()})
+        to_gpu = torch.device(device).type == "cuda"
+        targets = {name: t.to(device, non_blocking=to_gpu) for name, t in self.targets.items()}
+        return Batch(self.graph.to(device, dtype), targets)
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a GPU fetches while others work."""
+        return Batch(self.graph.each(Tensor.pin_memory), {name: t.pin_memory() for name, t in self.targets.items()})
 
 
 @dataclass(frozen=True)
@@ -100,20 +134,32 @@ class Cutoff:
         if not 0 < self.radius < 100:
             raise InputError(f"a cutoff of {self.radius} Å makes no sense: choose one between 3 and 12 Å")
 
-    def neighbors(self, atoms: ase.Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Receivers (sorted), senders, and cell shifts of all directed edges of one structure.
+    def search(self, skin: float = 0.0) -> NeighborList:
+        """A search to be kept between calls of `neighbors`, for structures that follow each other in small steps.
+
+        It looks `skin` Å further, and finds pairs anew only when an atom has moved by half of that, or when the number
+        of atoms, the cell or its periodicity has changed; the neighbours are those of a fresh search.
+        """
+        return NeighborList(cutoff=self.radius, full_list=True, skin=skin, n_threads=1)
+
+    def neighbors(self, atoms: ase.Atoms, search: NeighborList | None = None) -> Neighbors:
+        """All directed edges of one structure.
 
         Raises `InputError` for structures in which no neighbours can be searched.
         """
         if len(atoms) == 0:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3))
-        positions, cell, periodic = _checked(atoms)
-        search = NeighborList(cutoff=self.radius, full_list=True)
-        i, j, shifts, d = search.compute(points=positions, box=cell, periodic=periodic, quantities="ijSd")
-        if len(d) and d.min() < SHORTEST_DISTANCE:
+            return Neighbors(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int32))
+        cell = _checked_cell(atoms)
+        if search is None:
+            search = _own_search(self, get_ident()) if len(atoms) < LARGE else self.search()
+        pairs, shifts, distances = search.compute(atoms.positions, cell, atoms.pbc, quantities="PSd", copy=False)
+        if distances.min(initial=np.inf) < SHORTEST_DISTANCE:
             raise InputError(f"{atoms.get_chemical_formula()} has two atoms at the same place: remove one of them")
-        order = np.argsort(i, kind="stable")
-        return i[order].astype(np.int64), j[order].astype(np.int64), shifts[order].astype(np.float64)
+        order = np.argsort(
+            pairs[:, 0].astype(np.min_scalar_type(len(atoms))), kind="stable"
+        )  # small integers sort fast
+        pairs = pairs.take(order, axis=0).view(np.int64)
+        return Neighbors(pairs[:, 0], pairs[:, 1], shifts.take(order, axis=0))
 
     def envelope(self, lengths: Tensor) -> Tensor:
         """Fall from one to zero at the cutoff, with two continuous derivatives: (n_edges,)."""
@@ -121,18 +167,33 @@ class Cutoff:
         return 1 - x**6 * (28 - 48 * x + 21 * x**2)
 
 
+@lru_cache(maxsize=16)
+def _own_search(edges: Cutoff, thread: int) -> NeighborList:
+    """A search of one thread, kept with its memory: to allocate it each time costs a tenth of the search."""
+    return edges.search()
+
+
 def to_graph(
-    structures: Sequence[ase.Atoms], edges: Cutoff, inputs: Sequence[Mapping[str, np.ndarray]] = ()
+    structures: Sequence[ase.Atoms],
+    edges: Cutoff,
+    inputs: Sequence[Mapping[str, np.ndarray]] = (),
+    known: Sequence[Neighbors] = (),
 ) -> AtomGraph:
-    """Find all neighbours and put the structures side by side in one graph, in double precision."""
-    receivers, senders, shifts = [], [], []
-    start = 0
-    for atoms in structures:
-        i, j, s = edges.neighbors(atoms)
-        receivers.append(i + start)
-        senders.append(j + start)
-        shifts.append(s)
-        start += len(atoms)
+    """Find all neighbours and put the structures side by side in one graph, in double precision.
+
+    `known` are the neighbours of each structure, where they need not be searched.
+    """
+    found = known or [edges.neighbors(atoms) for atoms in structures]
+    n_edges = sum(len(one.senders) for one in found)
+    senders, receivers, shifts = np.empty(n_edges, np.int64), np.empty(n_edges, np.int64), np.empty((n_edges, 3))
+    first_atom = first_edge = 0
+    for atoms, one in zip(structures, found, strict=True):
+        own = slice(first_edge, first_edge + len(one.senders))
+        np.add(one.senders, np.int64(first_atom), out=senders[own])
+        np.add(one.receivers, np.int64(first_atom), out=receivers[own])
+        shifts[own] = one.shifts
+        first_atom += len(atoms)
+        first_edge = own.stop
 
     counts = [len(atoms) for atoms in structures]
     cells = [np.where(atoms.pbc[:, None], atoms.cell.array, 0.0) for atoms in structures]
@@ -141,16 +202,16 @@ def to_graph(
         atomic_numbers=torch.from_numpy(np.concatenate([atoms.numbers for atoms in structures]).astype(np.int64)),
         cell=_real(np.stack(cells)),
         system_idx=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
-        senders=torch.from_numpy(np.concatenate(senders)),
-        receivers=torch.from_numpy(np.concatenate(receivers)),
-        cell_shifts=_real(np.concatenate(shifts)),
+        senders=torch.from_numpy(senders),
+        receivers=torch.from_numpy(receivers),
+        cell_shifts=torch.from_numpy(shifts),
         inputs=_joined_inputs(inputs, counts),
     )
 
 
-def to_batch(samples: Sequence[Sample], edges: Cutoff) -> Batch:
+def to_batch(samples: Sequence[Sample], edges: Cutoff, known: Sequence[Neighbors] = ()) -> Batch:
     """Put samples side by side; what is to be learned stays in double precision."""
-    graph = to_graph([s.atoms for s in samples], edges, [s.inputs for s in samples])
+    graph = to_graph([s.atoms for s in samples], edges, [s.inputs for s in samples], known)
     names = samples[0].targets
     targets = {name: torch.from_numpy(np.concatenate([s.targets[name] for s in samples])) for name in names}
     return Batch(graph, targets)
@@ -161,22 +222,23 @@ def is_isolated_atom(atoms: ase.Atoms) -> bool:
     return len(atoms) == 1 and str(atoms.info.get("config_type", "")).lower() == "isolatedatom"
 
 
-def _checked(atoms: ase.Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    positions, periodic = atoms.positions, atoms.pbc
-    name = atoms.get_chemical_formula()
+def _checked_cell(atoms: ase.Atoms) -> np.ndarray:
+    """The cell, with zeros where it is not periodic, of a structure whose neighbours can be searched."""
+    cell = np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)
+    fits = atoms.positions.max() - atoms.positions.min() < LARGEST_EXTENT and np.abs(cell).max() < LARGEST_EXTENT / 2
+    if fits and (np.linalg.det(cell) > 1e-3 or not atoms.pbc.any()):  # nearly all: the rest takes a closer look
+        return cell
+
+    positions, axes, name = atoms.positions, cell[atoms.pbc], atoms.get_chemical_formula()
     if not np.isfinite(positions).all():
         raise InputError(f"{name} has positions that are not finite numbers: remove or repair this structure")
     if np.ptp(positions, axis=0).max() > LARGEST_EXTENT:
         raise InputError(f"{name} is larger than {LARGEST_EXTENT:.0f} Å: are its positions in Å?")
-
-    cell = np.where(periodic[:, None], atoms.cell.array, 0.0)
-    if periodic.any():
-        axes = cell[periodic]
-        if not np.isfinite(axes).all() or np.linalg.matrix_rank(axes, tol=1e-8) < len(axes):
-            raise InputError(f"{name} is periodic but its cell has no volume: set pbc to False or give a cell")
-        if np.linalg.norm(axes, axis=1).max() > LARGEST_EXTENT:
-            raise InputError(f"{name} has a cell longer than {LARGEST_EXTENT:.0f} Å: is it in Å?")
-    return positions, cell, periodic
+    if not np.isfinite(axes).all() or np.linalg.matrix_rank(axes, tol=1e-8) < len(axes):
+        raise InputError(f"{name} is periodic but its cell has no volume: set pbc to False or give a cell")
+    if np.linalg.norm(axes, axis=1).max(initial=0.0) > LARGEST_EXTENT:
+        raise InputError(f"{name} has a cell longer than {LARGEST_EXTENT:.0f} Å: is it in Å?")
+    return cell
 
 
 def _joined_inputs(inputs: Sequence[Mapping[str, np.ndarray]], counts: Sequence[int]) -> dict[str, Tensor]:
