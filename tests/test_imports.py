@@ -11,13 +11,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 LAYERS = (  # lowest first; neighbours in a layer may import each other, though never in a circle
     {"errors", "console"},
-    {"graph", "nn"},
+    {"graph", "nn", "optim"},
     {"messages"},
     {"backbones"},
     {"heads"},
     {"model", "objectives"},
     {"data", "distributed", "run", "crystals"},
-    {"train"},
+    {"train", "rehearsal"},
     {"transfer", "evaluate", "calculator"},
     {"study", "doctor", "report", "simulate", "export", "demo", "testing"},
     {"transfermium"},  # the public names

@@ -18,7 +18,7 @@ import rich
 import yaml
 from rich.text import Text
 
-from . import __version__
+from . import __version__, distributed
 from .backbones import Backbone, TensorNet
 from .console import console, table
 from .errors import InputError
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or with 2 and one sentence when the input cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if not _takes_part(next(iter(argv), "")):
+            return
         arguments = _parsed(_spelled(argv))
         verb = arguments["verb"]
         values = arguments[verb].as_dict()
@@ -65,23 +67,21 @@ def demo(arguments: Arguments) -> None:
 
 def pretrain(arguments: Arguments) -> None:
     """Train a new model on any objective."""
-    from .report import run_report
     from .transfer import pretrain as run
 
     arguments["backbone"] = arguments["backbone"] or TensorNet()
     _show_configuration("pretrain", arguments)
-    model = run(arguments.pop("data"), **_with_pairs(arguments))
-    _trained(model, arguments["out"], run_report)
+    run(arguments.pop("data"), **_with_pairs(arguments))
+    _report(arguments)
 
 
 def finetune(arguments: Arguments) -> None:
     """Train a copy of a model on new labels."""
-    from .report import run_report
     from .transfer import finetune as run
 
     _show_configuration("finetune", arguments)
-    model = run(arguments.pop("base"), arguments.pop("data"), **_with_pairs(arguments))
-    _trained(model, arguments["out"], run_report)
+    run(arguments.pop("base"), arguments.pop("data"), **_with_pairs(arguments))
+    _report(arguments)
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -91,6 +91,8 @@ def evaluate(arguments: Arguments) -> None:
 
     as_json = arguments.pop("json")
     result = run(arguments.pop("model"), arguments.pop("data"), verbose=not as_json, **_with_pairs(arguments))
+    if distributed.rank() > 0:
+        return
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
@@ -148,6 +150,21 @@ VERBS: dict[str, Callable[[Arguments], None]] = {
 }
 
 
+SHARED = ("pretrain", "finetune", "evaluate", "predict")  # verbs that several processes work on together
+
+
+def _takes_part(verb: str) -> bool:
+    """Whether this process has something to do: under torchrun or srun, verbs that are not shared are run by one."""
+    if verb in SHARED:
+        distributed.join()
+        return True
+    here = distributed.place()
+    if here is None:
+        return True
+    distributed.stay_alone()
+    return here.rank == 0
+
+
 class Misuse(InputError):
     """What jsonargparse says of a command line, before it is put into one sentence."""
 
@@ -177,26 +194,32 @@ def _parsed(argv: Sequence[str]) -> jsonargparse.Namespace:
 
     TensorNet is offered as default only then: jsonargparse would leave its arguments to the class that is named.
     """
+    verb = next(iter(argv), "")
     try:
-        parser = _parser()
+        parser = _parser(verb)
         return parser.instantiate(parser.parse_args(argv))
     except Misuse:
-        parser = _parser(backbone={"class_path": "TensorNet"})
+        parser = _parser(verb, backbone={"class_path": "TensorNet"})
         return parser.instantiate(parser.parse_args(argv))
 
 
-def _parser(backbone: Arguments | None = None) -> Parser:
+def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
+    """A parser for one verb, or for all of them, which takes longer to make."""
+    parsers: dict[str, Callable[[], Parser]] = {
+        "demo": _demo_parser,
+        "pretrain": lambda: _training_parser(backbone=backbone),
+        "finetune": lambda: _training_parser("base"),
+        "evaluate": _evaluate_parser,
+        "predict": _predict_parser,
+        "info": _info_parser,
+        "pack": _pack_parser,
+    }
     parser = Parser(
         prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__
     )
     verbs = parser.add_subcommands(dest="verb", metavar="VERB")
-    verbs.add_subcommand("demo", _demo_parser(), help=demo.__doc__)
-    verbs.add_subcommand("pretrain", _training_parser(backbone=backbone), help=pretrain.__doc__)
-    verbs.add_subcommand("finetune", _training_parser("base"), help=finetune.__doc__)
-    verbs.add_subcommand("evaluate", _evaluate_parser(), help=evaluate.__doc__)
-    verbs.add_subcommand("predict", _predict_parser(), help=predict.__doc__)
-    verbs.add_subcommand("info", _info_parser(), help=info.__doc__)
-    verbs.add_subcommand("pack", _pack_parser(), help=pack.__doc__)
+    for name in [verb] if verb in parsers else parsers:
+        verbs.add_subcommand(name, parsers[name](), help=VERBS[name].__doc__)
     return parser
 
 
@@ -222,6 +245,7 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
         "--split-key", type=str, default=None, help="KEY with train, val and test, or KEY=VALUE of the test set"
     )
     _label_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only say what the run would take, and write nothing")
     parser.add_class_arguments(TrainConfig, None)
     return parser
 
@@ -302,9 +326,14 @@ def _with_pairs(arguments: Arguments) -> Arguments:
     return arguments
 
 
-def _trained(model: Any, out: str, run_report: Callable[[Path], Path]) -> None:
-    report = run_report(Path(out))
-    console.print(f"Model: {Path(out) / 'model.safetensors'}\nReport: {report}", markup=False, soft_wrap=True)
+def _report(arguments: Arguments) -> None:
+    if arguments["dry_run"] or distributed.rank() > 0:
+        return
+    from .report import run_report
+
+    out = Path(arguments["out"])
+    report = run_report(out)
+    console.print(f"Model: {out / 'model.safetensors'}\nReport: {report}", markup=False, soft_wrap=True)
 
 
 def _show_configuration(verb: str, arguments: Arguments) -> None:
@@ -358,8 +387,10 @@ def _readable(message: str, options: Sequence[str]) -> str:
 
 def _options(verb: str) -> list[str]:
     """The options of a verb."""
-    verbs = next(action._name_parser_map for action in _parser()._actions if hasattr(action, "_name_parser_map"))
-    return [option for action in verbs[verb]._actions for option in action.option_strings] if verb in verbs else []
+    if verb not in VERBS:
+        return []
+    verbs = next(action._name_parser_map for action in _parser(verb)._actions if hasattr(action, "_name_parser_map"))
+    return [option for action in verbs[verb]._actions for option in action.option_strings]
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -368,6 +399,9 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
+    if not distributed.fail():  # another process was first, and says it
+        sys.exit(status)
+    console.quiet = False
     line = " ".join(part.strip() for part in message.splitlines())
     console.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
     sys.exit(status)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ase
-import ase.io
 import numpy as np
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
-from scipy.stats import rankdata
 from torch import Tensor
 
+from . import distributed
 from .console import console, track
 from .data.labels import KEYS, Labelled, available, resolve
 from .data.load import VALIDATION, count_edges, plan, rng_of
@@ -27,6 +26,8 @@ from .graph import to_batch, to_graph
 from .model import Model, load, rebuilt, write_whole
 from .objectives import Objective, Property
 from .train import chosen_device
+
+T = TypeVar("T")
 
 PRINTED = {"eV/atom": ("meV/atom", 1e3), "eV/Å": ("meV/Å", 1e3), "eV/Å^3": ("GPa", 160.21766208)}
 
@@ -54,6 +55,7 @@ def evaluate(
     Raises:
         InputError: when no structure has such a label.
     """
+    distributed.join()
     model = model if isinstance(model, Model) else load(model)
     objective = objective_of(model).comparable()
     given = read(structures)
@@ -84,9 +86,10 @@ def compared(
 
     Energies are per atom, in both.
     """
-    pairs: Pairs = {}
     model.eval()
-    for members in track(_parts(model, labelled, edges), "evaluating", quiet=quiet):
+
+    def work(members: list[int]) -> Pairs:
+        pairs: Pairs = {}
         samples = [objective.prepare(labelled[i], rng_of(seed, VALIDATION, 0, i)) for i in members]
         names = [name for name in samples[0].targets if name in model.outputs]
         outputs = model(to_batch(samples, model.backbone.edges).graph, names)
@@ -95,10 +98,16 @@ def compared(
             parts = _by_structure(model, name, outputs[name], sizes)
             if name == "energy":
                 found = [(s.targets[name] / n, o / n) for s, o, n in zip(samples, parts, sizes, strict=True)]
-                pairs.setdefault("energy_per_atom", []).extend(found)
+                pairs["energy_per_atom"] = found
             else:
-                pairs.setdefault(name, []).extend((s.targets[name], o) for s, o in zip(samples, parts, strict=True))
-    return pairs
+                pairs[name] = [(s.targets[name], o) for s, o in zip(samples, parts, strict=True)]
+        return pairs
+
+    together: Pairs = {}
+    for pairs in _shared(_parts(model, labelled, edges), work, "evaluating", quiet):
+        for name, rows in pairs.items():
+            together.setdefault(name, []).extend(rows)
+    return together
 
 
 def scores(model: Model, objective: Objective, pairs: Pairs, numbers: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -134,6 +143,7 @@ def predict(
     Args:
         out: an extended XYZ or, by its ending, a CSV file with one line per structure.
     """
+    distributed.join()
     model = model if isinstance(model, Model) else load(model)
     given = read(structures)
     ending = Path(out).suffix.lower() if out is not None else ".extxyz"
@@ -142,23 +152,27 @@ def predict(
     _tell_unseen(model, given, verbose)
 
     model = model.to(chosen_device(device)).eval()
-    predicted: dict[int, ase.Atoms] = {}
-    for members in track(_parts(model, given, edges), "predicting", quiet=not verbose):
+
+    def work(members: list[int]) -> dict[int, ase.Atoms]:
         chosen = [given[i] for i in members]
         outputs = model(to_graph(chosen, model.backbone.edges))
         sizes = [len(atoms) for atoms in chosen]
         parts = {name: _by_structure(model, name, values, sizes) for name, values in outputs.items()}
-        for k, index in enumerate(members):
-            own = {name: rows[k] if model.per_atom(name) else rows[k][0] for name, rows in parts.items()}
-            predicted[index] = _with_outputs(chosen[k], own, model)
+        own = ({n: r[k] if model.per_atom(n) else r[k][0] for n, r in parts.items()} for k in range(len(members)))
+        return {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
 
+    predicted: dict[int, ase.Atoms] = {}
+    for part in _shared(_parts(model, given, edges), work, "predicting", not verbose):
+        predicted |= part
     results = [predicted[index] for index in range(len(given))]
-    if out is not None:
+    if out is not None and distributed.rank() == 0:
         text = io.StringIO()
         if ending == ".csv":
             _write_csv(text, results, model)
         else:
-            ase.io.write(text, results, format="extxyz")
+            from ase.io import write  # it takes half a second
+
+            write(text, results, format="extxyz")
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(out), text.getvalue().encode())
     return results
@@ -224,6 +238,13 @@ def _as_in_training(
 def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
     counts = count_edges(structures, model.backbone.edges)
     return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
+
+
+def _shared(parts: list[list[int]], work: Callable[[list[int]], T], title: str, quiet: bool) -> Iterator[T]:
+    """What `work` makes of each part, in order; processes share the parts, and each gets all results."""
+    mine = [work(members) for members in track(distributed.own(parts), title, quiet=quiet)]
+    everyones = distributed.gathered(mine)
+    return (everyones[k % len(everyones)][k // len(everyones)] for k in range(len(parts)))
 
 
 def stored_as(model: Model, name: str) -> str:
@@ -301,6 +322,8 @@ def _class_scores(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, An
         "unit": "",
     }
     if scores.shape[1] == 2 and 0 < truth.sum() < len(truth):
+        from scipy.stats import rankdata  # it takes half a second
+
         margin = scores[:, 1] - scores[:, 0]
         ones = int(truth.sum())
         ranks = rankdata(margin)  # the Mann-Whitney statistic

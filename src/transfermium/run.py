@@ -14,7 +14,7 @@ import numpy as np
 from .errors import InputError
 from .model import write_whole
 
-WITHOUT_EFFECT = ("device", "workers")  # options that change where a run happens, not what it finds
+WITHOUT_EFFECT = ("device", "workers", "accumulate")  # options that change where a run happens, not what it finds
 
 
 def claim(out: str | Path | None, config: Mapping[str, Any]) -> Path | None:

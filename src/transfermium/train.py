@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,11 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.load import VALIDATION, Batches, count_edges, plan, training_batches
-from .data.sequences import original
+from . import distributed
+from .console import console
+from .data.labels import geometries
+from .data.load import VALIDATION, Batches, Share, ahead, count_edges, plan, training_batches
+from .data.sequences import Subset, original
 from .errors import InputError
+from .graph import Batch
 from .model import Model, read_tensors, write_tensors, write_whole
 from .objectives import Objective
+from .objectives.base import Loss
+from .optim import AdamW
+
+Address = tuple[int, np.ndarray]  # epoch and members of a batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,9 @@ class TrainConfig:
         warmup: fraction of the run in which the learning rate rises.
         ema: decay of the averaged weights, which are what is validated and returned; zero keeps no average.
         clip: largest norm of the gradient.
-        edges: most edges in a batch.
+        edges: most edges in a batch, which is what a process works on at once.
+        accumulate: batches that each process works on, one after the other, before one optimiser step; the step is that
+            of all of them together, and of those of all processes.
         validate_every: steps between validations; None makes twenty of them.
         patience: validations without improvement before the run stops; None never stops early.
         seed: of weights, split, order and noise.
@@ -56,6 +67,7 @@ class TrainConfig:
     ema: float = 0.999
     clip: float = 10.0
     edges: int = 10_000
+    accumulate: int = 1
     validate_every: int | None = None
     patience: int | None = None
     seed: int = 0
@@ -67,7 +79,7 @@ class TrainConfig:
         for name in ("lr", "clip", "edges"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be above zero")
-        for name in ("validate_every", "patience"):
+        for name in ("validate_every", "patience", "accumulate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least one")
         for name in ("steps", "backbone_lr", "weight_decay", "seed", "workers"):
@@ -121,6 +133,10 @@ def train(
     last. With `out`, metrics are written there, and a run that was stopped goes on where it last saved its state: on a
     CPU the result is bit for bit that of an uninterrupted run bounded by steps.
 
+    Under torchrun or srun all processes train together: each works on its share of every step and of the validation,
+    all have the same weights after it, and the first one alone writes. Structures are read by the process that works on
+    them, so all must see the same ones.
+
     Args:
         model: calibrated already.
         objective: settled already, so that its weights are numbers.
@@ -129,21 +145,23 @@ def train(
         counting: told how many structures have had their neighbours counted.
     """
     config = config or TrainConfig()
+    distributed.join()
     run = _Run(model, objective, structures, config, valid, out, counting)
     return run.progress(save_every)
 
 
 def evaluate_loss(model: Model, batches: Batches, members: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean weighted error of each term over all batches, with fixed noise."""
-    sums: dict[str, list[float]] = {}
-    for part in members:
+    """Mean weighted error of each term over all batches, with fixed noise; processes share the work."""
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for part in distributed.own(members):
         batch = batches[0, part].to(device_of(model))
         terms = batches.objective.loss(model(batch.graph, batch.targets), batch)
         for name, (total, count) in terms.items():
-            pair = sums.setdefault(name, [0.0, 0.0])
-            pair[0] += float(total.detach())
-            pair[1] += float(count)
-    return {name: total / count for name, (total, count) in sums.items() if count}
+            sums[name] = sums.get(name, 0.0) + float(total.detach())
+            counts[name] = counts.get(name, 0.0) + float(count)
+    sums, counts = distributed.sum_counts(sums), distributed.sum_counts(counts)
+    return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
 
 def device_of(model: Model) -> torch.device:
@@ -151,7 +169,9 @@ def device_of(model: Model) -> torch.device:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one."""
+    """The device called `name`; "auto" is CUDA where there is one, and with several processes the GPU of this one."""
+    if name in ("auto", "cuda") and torch.cuda.is_available() and distributed.size() > 1:
+        return distributed.own_device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -191,18 +211,19 @@ class _Run:
         dtype = getattr(torch, config.dtype) if config.dtype else None
         self.model = model.to(chosen_device(config.device), dtype)
         self.config = config
-        self.out = out
+        self.out = out if distributed.rank() == 0 else None
+        distributed.share([*self.model.parameters(), *self.model.buffers()])
 
         edges = model.backbone.edges
-        self.counts = count_edges(structures, edges, counting)
         self.batches = Batches(structures, objective, edges, config.seed)
+        self.counts = _counted(self.batches, counting)
         self.valid = Batches(valid, objective, edges, config.seed, VALIDATION)
-        valid_counts = count_edges(valid, edges)
+        valid_counts = _counted(self.valid)
         self.valid_members = plan(valid_counts, config.edges, np.arange(len(valid)))
 
         self.groups = self._parameter_groups()
         self.trained = [p for group in self.groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=config.weight_decay)
+        self.optimizer = AdamW(self.groups, config.weight_decay)
         self.average = [p.detach().clone() for p in self.trained]
         self.best_weights = [p.detach().clone() for p in self.trained]
         self.best: float | None = None
@@ -211,6 +232,7 @@ class _Run:
         self.cpu = 0.0
         self.unimproved = 0
         self.finished = False
+        self.room = config.edges  # most edges at once that memory has had room for
 
     def progress(self, save_every: float) -> Iterator[Progress]:
         self._restore()
@@ -222,18 +244,26 @@ class _Run:
             if fresh and (loss_at_start := self._validate()) is not None:
                 metrics.write({"step": 0, "valid": loss_at_start})
 
-            stream = training_batches(self.batches, self.counts, self.config.edges, self.step, self.config.workers)
+            pieces = self.config.accumulate
+            share = Share(distributed.rank(), distributed.size(), pieces)
+            stream = training_batches(
+                self.batches, self.counts, self.config.edges, pieces * self.step, self.config.workers, share
+            )
+            stream = ahead(stream, device_of(self.model), self.trained[0].dtype)
             while not self.finished and (fraction := self._fraction()) < 1:
-                epoch, members, batch = next(stream)
+                epochs, members, batches = zip(*(next(stream) for _ in range(pieces)), strict=True)
                 lr = self._set_learning_rates(fraction)
-                loss, terms = self._optimise(batch, members)
+                addresses = [(e, m) for e, m in zip(epochs, members, strict=True) if len(m)]
+                loss, terms = self._optimise([batch for batch in batches if batch], addresses)
                 self.step += 1
-                self.elapsed = before + time.monotonic() - start
+                self.elapsed = self._agreed(before + time.monotonic() - start)
                 self.cpu = cpu_before + time.process_time() - cpu_start
 
                 fraction = min(self._fraction(), 1.0)
                 valid = self._validate() if self._validation_is_due(fraction) else None
-                row = {"step": self.step, "epoch": epoch, "lr": lr, **terms, "valid": valid}
+                row = {"step": self.step, "epoch": epochs[0], "lr": lr, **terms, "valid": valid}
+                if self.room < self.config.edges:
+                    row["edges at once"] = self.room
                 metrics.write({**row, "elapsed": round(self.elapsed, 3), "cpu": round(self.cpu, 3)})
                 self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
                 due = min(save_every, max(1.0, 0.1 * self.elapsed))  # often at first, so that little is ever lost
@@ -246,26 +276,91 @@ class _Run:
         self._load_weights(chosen)
         self.model.eval()
 
-    def _optimise(self, batch: Any, members: np.ndarray) -> tuple[float, dict[str, float]]:
+    def _optimise(self, batches: Sequence[Batch], addresses: Sequence[Address]) -> tuple[float, dict[str, float]]:
+        """One step on the batches of all processes as if they were one; its loss and the terms of it."""
         self.model.train()
-        batch = batch.to(device_of(self.model))
-        terms = self.batches.objective.loss(self.model(batch.graph, batch.targets), batch)
-        means = {name: total / count for name, (total, count) in terms.items() if count}
-        if not means:  # no label in this batch: nothing to learn from it
+        self.optimizer.zero_grad()
+        own = self._within_memory(batches, addresses)
+        terms = distributed.sum_counts(own)
+        if not terms:  # no label in this step: nothing to learn from it
             return math.nan, {}
-        loss = torch.stack(list(means.values())).sum()
-        if not torch.isfinite(loss):
-            where = ", ".join(str(original(self.batches.structures, int(i))) for i in members)
+        loss = sum(terms.values())
+        if not math.isfinite(loss):
+            bad = not all(map(math.isfinite, own.values()))
+            indices = [original(self.batches.structures, int(i)) for _, m in addresses for i in m] if bad else []
+            where = ", ".join(str(i) for part in distributed.gathered(indices) for i in part)
             raise InputError(
                 f"the loss is not finite at step {self.step + 1}, for the structures {where}: look at their labels, "
                 "or lower lr"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
+        distributed.sum_gradients(self.trained)
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
         self.optimizer.step()
         self._update_average()
-        return float(loss.detach()), {name: float(value.detach()) for name, value in means.items()}
+        return loss, terms
+
+    def _within_memory(self, batches: Sequence[Batch], addresses: Sequence[Address]) -> dict[str, float]:
+        """`_backward`, with the same structures in smaller batches when memory runs out, and from then on."""
+        totals: dict[str, float] = {}
+        while True:
+            if self.room < self.config.edges:
+                parts = [(epoch, p) for epoch, m in addresses for p in plan(self.counts, self.room, m)]
+                batches = [self.batches[part] for part in parts]
+            try:
+                return self._backward([batch.to(device_of(self.model)) for batch in batches], totals)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self.optimizer.zero_grad()  # here, where the exception no longer holds what was computed
+            largest = max(batch.graph.n_edges for batch in batches)
+            if all(batch.graph.n_systems == 1 for batch in batches):
+                raise InputError(f"memory has no room for a structure of {largest} edges: leave it out")
+            self.room = max(min(self.room, largest) // 2, 1)
+            console.print(f"[yellow]Memory ran out: from now on at most {self.room} edges at once[/yellow]")
+            if device_of(self.model).type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(self, batches: Sequence[Batch], total_counts: dict[str, float]) -> dict[str, float]:
+        """Add the gradient of what these batches have of the loss; returns their part of each of its terms.
+
+        A term is the sum of the errors of all batches over the number of their labels. So numbers are added up first,
+        over batches and processes; then each batch can be differentiated alone, and parts and gradients be added up.
+        They are left in `total_counts`, so that a second try with the same labels adds up nothing with other processes.
+        """
+        objective = self.batches.objective
+        terms: Loss = {}
+        counts: Counter[str] = Counter()
+        for batch in batches:
+            if not terms:
+                outputs = self.model(batch.graph, batch.targets)
+                terms = objective.loss(outputs, batch)
+                counts.update(_numbers({name: count for name, (_, count) in terms.items()}))
+            else:
+                counts.update(self._labels_in(batch, outputs))
+        if not total_counts:
+            total_counts.update(distributed.sum_counts(counts, device_of(self.model)))
+
+        parts: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            if number:
+                terms = objective.loss(self.model(batch.graph, batch.targets), batch)
+            means = {name: total / total_counts[name] for name, (total, _) in terms.items() if total_counts[name]}
+            if means:
+                loss = torch.stack(list(means.values())).sum()
+                loss.backward(inputs=self.trained)  # and not with respect to positions once more
+            parts |= {name: parts.get(name, 0.0) + value.detach() for name, value in means.items()}
+        return _numbers(parts)
+
+    @torch.no_grad()
+    def _labels_in(self, batch: Batch, like: Mapping[str, Tensor]) -> dict[str, float]:
+        """How many labels of each term a batch has, told without the model: by the loss of outputs that are zero."""
+        rows = {name: batch.graph.n_atoms if self.model.per_atom(name) else batch.graph.n_systems for name in like}
+        zeros = {name: output.new_zeros((rows[name], *output.shape[1:])) for name, output in like.items()}
+        return _numbers({name: count for name, (_, count) in self.batches.objective.loss(zeros, batch).items()})
+
+    def _agreed(self, elapsed: float) -> float:
+        """The first process's clock, where it decides when the run ends."""
+        return elapsed if self.config.time is None else distributed.from_first(lambda: elapsed)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -293,10 +388,14 @@ class _Run:
             return False
         if fraction >= 1:
             return True
-        every = self.config.validate_every
-        if every is None:
-            every = max(int(self.config.n_steps) // 20, 1) if math.isfinite(self.config.n_steps) else 50
-        return self.step % every == 0
+        return self.step % self.validate_every == 0
+
+    @property
+    def validate_every(self) -> int:
+        """Steps between validations."""
+        if self.config.validate_every is not None:
+            return self.config.validate_every
+        return max(int(self.config.n_steps) // 20, 1) if math.isfinite(self.config.n_steps) else 50
 
     def _validate(self) -> float | None:
         """Loss of the averaged weights on the validation set; they are kept when it is the lowest so far."""
@@ -308,8 +407,8 @@ class _Run:
         terms = evaluate_loss(self.model, self.valid, self.valid_members)
         if not terms:
             raise InputError("no validation structure has a label of this objective: give others, or valid_fraction=0")
-        loss = sum(terms.values())
-        loss = loss if math.isfinite(loss) else math.inf
+        total = distributed.from_first(lambda: sum(terms.values()))  # one decides, or roundings might
+        loss = total if math.isfinite(total) else math.inf
         self._load_weights(current)
 
         if self.best is None or loss < self.best:
@@ -355,9 +454,10 @@ class _Run:
         write_tensors(self.out / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
 
     def _restore(self) -> None:
-        if self.out is None or not (self.out / "state.safetensors").exists():
+        found = distributed.from_first(self._saved)
+        if found is None:
             return
-        tensors, metadata = read_tensors(self.out / "state.safetensors")
+        tensors, metadata = found
         for name, value in json.loads(metadata["numbers"]).items():
             setattr(self, name, value)
         for i, p in enumerate(self.trained):
@@ -371,6 +471,37 @@ class _Run:
                     "exp_avg": tensors[f"first.{i}"].to(p.device),
                     "exp_avg_sq": tensors[f"second.{i}"].to(p.device),
                 }
+
+    def _saved(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        if self.out is None or not (self.out / "state.safetensors").exists():
+            return None
+        return read_tensors(self.out / "state.safetensors")
+
+
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tensors of one number each, fetched from their device at once."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
+
+
+def _counted(batches: Batches, counting: Callable[[int], None] = lambda done: None) -> np.ndarray:
+    """Edges of each structure; every process counts a part, and keeps the neighbours it found for its batches."""
+    n, size = len(batches.structures), distributed.size()
+    mine = range(n)[distributed.rank() :: size]
+    own = Subset(geometries(batches.structures), mine)
+    found = count_edges(
+        own, batches.edges, lambda done: counting(done * size), lambda i, neighbors: batches.keep(mine[i], neighbors)
+    )
+    counts = np.zeros(n, np.int32)
+    for rank, part in enumerate(distributed.gathered(found)):
+        counts[rank::size] = part
+    return counts
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 class Metrics:

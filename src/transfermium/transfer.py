@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 
-from . import __version__
+from . import __version__, distributed
 from .backbones import Backbone, TensorNet
 from .console import bar, console, table
-from .data.labels import Labelled, Labels, isolated_atoms, resolve
+from .data.columns import codes, count_elements, elements, has, isolated_atoms, listed
+from .data.labels import Labelled, Labels, resolve
 from .data.load import CALIBRATION, count_edges, plan, rng_of
 from .data.read import Source, read
 from .data.sequences import Subset
@@ -39,6 +40,7 @@ from .heads import (
 )
 from .model import Model, copied, described, load
 from .objectives import Objective
+from .rehearsal import rehearse
 from .run import claim, fingerprint, write_json
 from .train import Progress, TrainConfig, chosen_device, read_metrics, train
 
@@ -58,6 +60,7 @@ def pretrain(
     split_key: str | None = None,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
+    dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
 ) -> Model:
@@ -76,28 +79,33 @@ def pretrain(
             that is the test set, such as "test_fold=0"; test structures are left out.
         label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}.
         unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
+        dry_run: only say what the run would take, measured on two steps, and write nothing. The model that is returned
+            was not trained; its card has the numbers under "dry run".
         config: fields of `TrainConfig`.
 
     Raises:
         InputError: for data, labels or options that cannot be used.
     """
+    distributed.join()
     settings = _train_config(config)
     _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
-    asked = {"verb": "pretrain", "backbone": described(backbone), **data.asked, "train": asdict(settings)}
-    folder = claim(out, asked)
-    if (finished := _finished(folder)) is not None:
+    asked = {"verb": "pretrain", "backbone": described(backbone), **data.asked, "train": _lasting(settings)}
+    folder, finished = distributed.from_first(lambda: _claimed(None if dry_run else out, asked))
+    if finished is not None:
         return finished
 
     samples = data.samples(objective)
-    settled = objective.settled(samples)
+    settled = distributed.from_first(lambda: objective.settled(samples))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = Model(copied(backbone), settled.outputs(backbone.width))
     for name, head in model.heads.items():
         head.calibrate(name, samples)  # type: ignore[operator]
+    if dry_run:
+        return _rehearsed(model, settled, data, settings, verbose)
     return _trained(model, settled, data, settings, folder, asked, history=[], report={}, verbose=verbose)
 
 
@@ -114,6 +122,7 @@ def finetune(
     split_key: str | None = None,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
+    dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
 ) -> Model:
@@ -129,19 +138,20 @@ def finetune(
 
     The other arguments, and what is raised, are those of `pretrain`.
     """
+    distributed.join()
     _check_objective(objective)
     base = base if isinstance(base, Model) else load(base)
     settings = _train_config(config, base.architecture()["dtype"])
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
     identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
-    asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": asdict(settings)}
-    folder = claim(out, asked)
-    if (finished := _finished(folder)) is not None:
+    asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": _lasting(settings)}
+    folder, finished = distributed.from_first(lambda: _claimed(None if dry_run else out, asked))
+    if finished is not None:
         return finished
 
     samples = data.samples(objective)
-    settled = objective.settled(samples)
+    settled = distributed.from_first(lambda: objective.settled(samples))
     model, kept = _transferred(base, settled, samples, settings.seed)
     model.to(chosen_device(settings.device))
     report: dict[str, Any] = {"kept heads": kept}
@@ -149,6 +159,8 @@ def finetune(
         report |= align_references(model, settled, samples, base.card.get("quantities", {}), kept)
         if verbose:
             _show_alignment(report)
+    if dry_run:
+        return _rehearsed(model, settled, data, settings, verbose)
     return _trained(model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base)
 
 
@@ -282,30 +294,34 @@ class _Data:
         everything = read(structures)
         if len(everything) == 0:
             raise InputError("there is no structure to train on")
-        self.labels = self._resolve(everything, objective, label, unit)
+        self.labels = distributed.from_first(lambda: self._resolve(everything, objective, label, unit))
         if verbose and self.labels.entries:
             console.print(self.labels.table())
 
         labelled = _ready(Labelled(everything, self.labels))
-        lone = isolated_atoms(everything)
+        lone = distributed.from_first(lambda: isolated_atoms(everything))
         if len(lone) == len(everything):
             raise InputError("all structures are isolated atoms: there is nothing else to train on")
         self.isolated = [labelled[i] for i in lone]
 
-        self.split = self._split(labelled, valid, valid_fraction, split_by, split_key, seed)
-        self.train: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.train, lone))
+        self.split = distributed.from_first(
+            lambda: self._split(everything, valid, valid_fraction, split_by, split_key, seed)
+        )
+        kept = np.setdiff1d(self.split.train, lone) if len(lone) else self.split.train
+        self.train: Sequence[ase.Atoms] = Subset(labelled, kept)
+        self.unlabelled = Subset(everything, kept)  # the same, as they were read
         self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, lone))
         if valid is not None:
             others = read(valid)
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
             self.valid = Subset(_ready(Labelled(others, self._resolve(others, objective, label, unit))), kept)
         if verbose:
-            self._tell(labelled, valid is None, split_key)
+            distributed.from_first(lambda: self._tell(everything, valid is None, split_key))
         own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
         self.asked = {
             "objective": described(objective),
-            "data": fingerprint(labelled),
-            "valid": own if valid is None else fingerprint(self.valid),
+            "data": distributed.from_first(lambda: fingerprint(labelled)),
+            "valid": own if valid is None else distributed.from_first(lambda: fingerprint(self.valid)),
             "labels": self.labels.to_json(),
         }
 
@@ -318,19 +334,15 @@ class _Data:
         """At most about `MOST_SAMPLES` labelled training structures, with every element that occurs among them."""
         if len(self.train) <= MOST_SAMPLES:
             return list(range(len(self.train)))
-        wanted = objective.labels()
-        every = [np.zeros(0, int)] * len(self.train)
-        for i, atoms in enumerate(self.train):
-            if not wanted or any(name in atoms.info or name in atoms.arrays for name in wanted):
-                every[i] = np.unique(atoms.numbers)
-        labelled = [i for i, elements in enumerate(every) if len(elements)]
-        picked = [labelled[k] for k in np.linspace(0, len(labelled) - 1, MOST_SAMPLES).astype(int)] if labelled else []
-        seen = {int(z) for i in picked for z in every[i]}
-        for i in labelled:
-            if not seen.issuperset(every[i].tolist()):
-                picked.append(i)
-                seen.update(every[i].tolist())
-        return sorted(set(picked))
+        keys: set[tuple[str, str]] = {(place, key) for label in self.labels.entries for place, key, _ in label.keys}
+        labelled = np.flatnonzero(has(self.unlabelled, keys)) if objective.labels() else np.arange(len(self.train))
+        if not len(labelled):
+            return []
+        present = elements(self.unlabelled)[labelled]
+        picked = np.unique(np.linspace(0, len(labelled) - 1, MOST_SAMPLES).astype(int))
+        missing = listed(present) - listed(present[picked])
+        first = [int(np.argmax(present[:, z // 8] & (128 >> z % 8) > 0)) for z in missing]
+        return sorted({int(i) for i in labelled[[*picked, *first]]})
 
     def _resolve(
         self,
@@ -411,7 +423,8 @@ def _trained(
     verbose: bool,
     base: Model | None = None,
 ) -> Model:
-    """Run the loop, fill the card, write the run folder."""
+    """Run the loop, fill the card, write the run folder: the first process alone writes."""
+    folder = folder if distributed.rank() == 0 else None
     if folder is not None:
         write_json(folder / "labels.json", data.labels.to_json())
         data.split.save(folder / "split.json")
@@ -438,13 +451,13 @@ def _trained(
         "data": asked["data"],
         "structures": len(data.train),
         "validation structures": len(data.valid),
-        **_ending(last, folder),
+        **distributed.from_first(lambda: _ending(last, folder)),
         "alignment": dict(report),
         "transfermium": __version__,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    model.card = _card(model, objective, data, [*history, stage], base)
+    model.card = distributed.from_first(lambda: _card(model, objective, data, [*history, stage], base))
     if len(data.valid):
         pairs = compared(model, objective, data.valid, config.edges, config.seed)
         errors = scores(model, objective, pairs, [atoms.numbers for atoms in data.valid])
@@ -455,6 +468,18 @@ def _trained(
     if folder is not None:
         model.save(folder / "model.safetensors")
     return model.eval()
+
+
+def _rehearsed(model: Model, objective: Objective, data: _Data, config: TrainConfig, verbose: bool) -> Model:
+    with bar(quiet=not verbose) as bars:
+        task = bars.add_task("finding neighbours", total=len(data.train), note="")
+        cost = rehearse(
+            model, objective, data.train, config, data.valid, lambda done: bars.update(task, completed=done)
+        )
+    if verbose:
+        console.print(table("", cost.rows()))
+    model.card = {"dry run": cost._asdict()}
+    return model.to("cpu").eval()
 
 
 def _parity(pairs: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,11 +497,12 @@ def _parity(pairs: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, An
 
 
 def _card(model: Model, objective: Objective, data: _Data, history: list[Any], base: Model | None) -> dict[str, Any]:
-    seen: Counter[str] = Counter()
+    counts = count_elements(data.unlabelled) + count_elements(data.isolated)
+    seen = Counter({chemical_symbols[z]: int(counts[z]) for z in np.flatnonzero(counts)})
     levels: Counter[str] = Counter()
-    for atoms in chain(data.train, data.isolated):
-        seen.update(chemical_symbols[z] for z in atoms.numbers)
-        levels.update([str(atoms.info["level"])] if "level" in atoms.info else [])
+    for structures in (data.unlabelled, data.isolated):
+        level_of, names = codes(structures, "level", str)
+        levels.update({str(name): int((level_of == i).sum()) for i, name in enumerate(names)})
     earlier = base.card.get("elements", {}) if base is not None else {}
 
     quantities = {name: list(q) for name, q in objective.quantities().items() if name in model.outputs}
@@ -529,6 +555,18 @@ def _finished(folder: Path | None) -> Model | None:
     if folder is None or not (folder / "model.safetensors").exists():
         return None
     return load(folder / "model.safetensors")
+
+
+def _lasting(config: TrainConfig) -> dict[str, Any]:
+    """The options of a run, and over how many batches a step is shared, which decides what a step is."""
+    shared = distributed.size() * config.accumulate
+    return {**asdict(config), **({"batches per step": shared} if shared > 1 else {})}
+
+
+def _claimed(out: str | Path | None, asked: Mapping[str, Any]) -> tuple[Path | None, Model | None]:
+    """The folder of a run, and its model when it had finished."""
+    folder = claim(out, asked)
+    return folder, _finished(folder)
 
 
 def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From files to labelled, split and packed structures."""
 
-from .labels import Label, Labelled, Labels, available, isolated_atoms, resolve
+from .columns import isolated_atoms
+from .labels import Label, Labelled, Labels, available, resolve
 from .pack import PackedSet, is_packed, pack
 from .read import read, stream
 from .sequences import Joined, Subset, original

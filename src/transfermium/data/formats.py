@@ -13,13 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ase.db
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
-from ase.db.row import AtomsRow
-from ase.io.extxyz import read_xyz
 
 from ..errors import InputError
 
@@ -107,7 +103,9 @@ def _parse_plain(path: Path, suffix: str) -> Iterator[Atoms]:
     if suffix == ".db":
         yield from _database(path)
     else:
-        yield from ase.io.iread(path, index=":")
+        from ase.io import iread
+
+        yield from iread(path, index=":")
 
 
 def _xyz_frames(path: Path) -> Iterator[Atoms]:
@@ -115,6 +113,8 @@ def _xyz_frames(path: Path) -> Iterator[Atoms]:
 
     Given the whole file, ASE seeks in it (quadratically slow when compressed) and stops without a word at a blank line.
     """
+    from ase.io.extxyz import read_xyz
+
     with _open_text(path) as lines:
         index = 0
         line = lines.readline()
@@ -161,8 +161,10 @@ def _database(path: Path) -> Iterator[Atoms]:
         raise InputError(f"{path}: not a sound ASE database ({error})") from error
 
 
-def _rows(path: Path) -> Iterator[AtomsRow]:
-    database = ase.db.connect(str(path), use_lock_file=False)
+def _rows(path: Path) -> Iterator[Any]:
+    from ase.db import connect
+
+    database = connect(str(path), use_lock_file=False)
     if path.suffix.lower() != ".db":
         yield from database.select()
         return

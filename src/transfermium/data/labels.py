@@ -8,18 +8,19 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from ase import Atoms
 from ase import units as ase_units
 from ase.stress import voigt_6_to_full_3x3_stress
-from rich.table import Table
-from rich.text import Text
 
 from ..errors import InputError
-from ..graph import is_isolated_atom
-from .sequences import Lazy
+from .columns import Block, BlockOfAtoms, Plain, blocks
+from .sequences import Joined, Lazy, Subset
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Place = Literal["info", "arrays", "calc"]
 Found = tuple[Place, str, Any]
@@ -147,8 +148,11 @@ class Labels:
                 place[entry.quantity] = value
         return labelled
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The manifest to be printed."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title="Labels", padding=(0, 1, 0, 0))
         for column in ("quantity", "key", "per", "unit"):
             table.add_column(column, overflow="fold")
@@ -198,6 +202,18 @@ class Labelled(Lazy):
         return self.labels.apply(self.structures[index], f"structure {index}")
 
 
+def geometries(structures: Sequence[Atoms]) -> Sequence[Atoms]:
+    """The same structures, without their labels where that is less work."""
+    if isinstance(structures, Labelled):
+        return geometries(structures.structures)
+    if isinstance(structures, Subset):
+        return Subset(geometries(structures.structures), structures.indices)
+    if isinstance(structures, Joined):
+        return Joined([geometries(part) for part in structures.parts], structures.names)
+    bare: Sequence[Atoms] = getattr(structures, "geometries", structures)
+    return bare
+
+
 def resolve(
     structures: Iterable[Atoms],
     wanted: Sequence[str],
@@ -231,10 +247,19 @@ def resolve(
     }
     total = 0
     there = _Available()  # complete where something is found nowhere, which is where it is needed
-    for total, atoms in enumerate(structures, start=1):
-        found = [tally.add(atoms, total - 1) for tally in tallies.values()]
-        if not all(found):
-            there.add(atoms)
+    for block in blocks(structures):
+        plain = {} if isinstance(block, BlockOfAtoms) else {n: tally.plain(block) for n, tally in tallies.items()}
+        if plain and None not in plain.values():
+            whole = [tallies[name].add_plain(block, found, total) for name, found in plain.items() if found]
+            if not all(whole):
+                there.add_block(block)
+            total += len(block)
+            continue
+        for atoms in block.structures():
+            found = [tally.add(atoms, total) for tally in tallies.values()]
+            if not all(found):
+                there.add(atoms)
+            total += 1
 
     for name, tally in tallies.items():
         if not tally.count and (name not in optional or name in labels):
@@ -248,11 +273,6 @@ def available(structures: Iterable[Atoms]) -> dict[str, tuple[str, int]]:
     for atoms in structures:
         there.add(atoms)
     return there.keys()
-
-
-def isolated_atoms(structures: Sequence[Atoms]) -> list[int]:
-    """Indices of the lone atoms that are marked `config_type=IsolatedAtom`."""
-    return [i for i, atoms in enumerate(structures) if is_isolated_atom(atoms)]
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -270,6 +290,12 @@ class _Available:
         self.counts.update({key for _, key in here})
         for place, key in here:
             self.places.setdefault(key, {})[place] = None
+
+    def add_block(self, block: Block) -> None:
+        for (place, key), n in block.present().items():
+            if key not in RESERVED:
+                self.counts[key] += n
+                self.places.setdefault(key, {})[place] = None
 
     def keys(self) -> dict[str, tuple[str, int]]:
         return {key: ("+".join(self.places[key]), self.counts[key]) for key in sorted(self.counts)}
@@ -330,6 +356,55 @@ class _Tally:
         self.minimum = min(self.minimum, float(numbers.min()))
         self.maximum = max(self.maximum, float(numbers.max()))
         return True
+
+    def plain(self, block: Block) -> tuple[tuple[Place, str] | None, Plain | None] | None:
+        """Where a block has the quantity and its numbers, when they can be added as they are; None when they cannot."""
+        present = block.present()
+        keys = [(place, key) for key in self.candidates for place in _places(self.quantity) if (place, key) in present]
+        if not keys:
+            return None, None
+        found = block.plain(keys[0]) if len(keys) == 1 else None
+        if found is None or np.isinf(found.values).any():
+            return None
+        sizes, known = found.counts[found.counts > 0], not np.isnan(found.values).any()
+        fits = {
+            "energy": found.shape is None and known,
+            "forces": found.shape == (3,) and known and bool((sizes == 3 * block.n_atoms[found.counts > 0]).all()),
+            "stress": found.shape == () and known and bool((sizes == 6).all()) and keys[0][1] not in VIRIALS,
+        }
+        return (keys[0], found) if fits.get(self.quantity, found.shape is None) else None
+
+    def add_plain(self, block: Block, place_and_numbers: tuple[Any, Any], start: int) -> bool:
+        """Count what a block has, whose first structure is number `start`; False when some have nothing."""
+        at, found = place_and_numbers
+        if at is None:
+            return False
+        owners = np.flatnonzero(found.counts)
+        values = found.values.astype(float) * self.factor
+        if self.quantity not in KEYS:  # NaN stands for none
+            owners, values = owners[~np.isnan(values)], values[~np.isnan(values)]
+        if not len(owners):
+            return False
+        where = f"structure {start + int(owners[0])}"
+        self.count += len(owners)
+        self.used[at] += len(owners)
+        if self.quantity == "energy" and self.given_unit is not None and _plain(self.given_unit).endswith("/atom"):
+            values = values * block.n_atoms[owners]
+        if self.quantity == "stress":
+            values = values.reshape(-1, 6)[:, [0, 5, 4, 5, 1, 3, 4, 3, 2]]
+        self._same(_per(self.quantity, *at), {"forces": (3,), "stress": (3, 3)}.get(self.quantity, ()), where)
+        if self.quantity not in KEYS:
+            whole = values == np.floor(values)
+            for value, n in zip(*np.unique(values[whole], return_counts=True), strict=True):
+                self.words[word(float(value))] += int(n)
+            if not whole.all() and not self.first_fraction:
+                i = int(np.argmin(whole))
+                self.first_fraction = f"structure {start + int(owners[i])} has {values[i]:g}"
+        self.numbers += values.size
+        self.squares += float((values**2).sum())
+        self.minimum = min(self.minimum, float(values.min()))
+        self.maximum = max(self.maximum, float(values.max()))
+        return len(owners) == len(block)
 
     def _same(self, per: str, shape: tuple[int, ...], where: str) -> None:
         self.seen_as.setdefault((per, shape), where)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import islice
+from typing import NamedTuple
 
 import ase
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import InputError
-from ..graph import Batch, Cutoff, to_batch
+from ..graph import Batch, Cutoff, Neighbors, to_batch
 from ..objectives import Objective
 from .sequences import original
 
 TRAINING, VALIDATION, CALIBRATION = 0, 1, 2  # kinds of random numbers
+MEMORY = 256_000_000  # bytes of neighbours that are kept for the next epochs: 50 million edges
+OVERHEAD = 500  # bytes of Python objects for each structure
 
 
 def rng_of(seed: int, kind: int, epoch: int, index: int) -> np.random.Generator:
@@ -24,85 +30,203 @@ def rng_of(seed: int, kind: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def count_edges(
-    structures: Sequence[ase.Atoms], edges: Cutoff, seen: Callable[[int], None] = lambda done: None
+    structures: Sequence[ase.Atoms],
+    edges: Cutoff,
+    seen: Callable[[int], None] = lambda done: None,
+    keep: Callable[[int, Neighbors], None] = lambda index, neighbors: None,
 ) -> np.ndarray:
-    """Number of edges of each structure as it is, without noise; `seen` hears how many are done."""
+    """Number of edges of each structure as it is, without noise; `seen` hears how many are done.
+
+    `keep` gets what was found, such as `Batches.keep` to need no second search.
+    """
     counts = np.zeros(len(structures), int)
     for index in range(len(structures)):
         try:
-            counts[index] = len(edges.neighbors(structures[index])[0])
+            neighbors = edges.neighbors(structures[index])
         except InputError as error:
             raise InputError(f"structure {original(structures, index)}: {error}") from None
+        counts[index] = len(neighbors.senders)
+        keep(index, neighbors)
         seen(index + 1)
     return counts
 
 
 def plan(counts: np.ndarray, budget: int, order: np.ndarray) -> list[np.ndarray]:
     """Cut an order of structures into batches of at most `budget` edges; a larger structure is a batch of its own."""
-    batches: list[list[int]] = []
-    room = 0
-    for index in order:
-        size = max(int(counts[index]), 1)
-        if not batches or size > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(int(index))
-        room -= size
-    return [np.array(batch) for batch in batches]
+    return [members for (members,) in steps(counts, budget, order)]
+
+
+def steps(counts: np.ndarray, budget: int, order: np.ndarray, parts: int = 1) -> Iterator[list[np.ndarray]]:
+    """Cut an order of structures into steps, each of `parts` batches of at most `budget` edges and of like size.
+
+    A step takes as many structures as come next in the order and fit. A structure larger than the budget is a batch of
+    its own; so a step of few structures has batches without any.
+    """
+    start, window = 0, 64
+    while start < len(order):
+        sizes = np.maximum(counts[order[start : start + window]], 1)
+        n = int(np.searchsorted(np.cumsum(sizes), parts * budget, "right"))
+        if n == len(sizes) and start + n < len(order):  # more might fit
+            window *= 2
+            continue
+        n = max(n, 1)
+        lots = deal(sizes[:n], parts)
+        while overfull := sum(len(lot) > 1 and int(sizes[lot].sum()) > budget for lot in lots):
+            n -= overfull
+            lots = deal(sizes[:n], parts)
+        yield [order[start + lot] for lot in lots]
+        start += n
+
+
+def deal(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Indices of `sizes` in `parts` lots of nearly equal sums: the largest first, each to the smallest lot so far."""
+    if parts == 1:
+        return [np.arange(len(sizes))]
+    lots: list[list[int]] = [[] for _ in range(parts)]
+    sums = [(0, number) for number in range(parts)]  # a heap
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        total, number = sums[0]
+        lots[number].append(index)
+        heapq.heapreplace(sums, (total + int(sizes[index]), number))
+    return [np.array(sorted(lot), int) for lot in lots]
 
 
 class Batches(Dataset[Batch]):
-    """Batches of a set of structures, addressed by (epoch, members): the same address is always the same batch."""
+    """Batches of a set of structures, addressed by (epoch, members): the same address is always the same batch.
+
+    Neighbours of structures whose atoms the objective leaves in place are searched once and kept, in at most `memory`
+    bytes; batches are the same without.
+    """
 
     def __init__(
-        self, structures: Sequence[ase.Atoms], objective: Objective, edges: Cutoff, seed: int, kind: int = TRAINING
+        self,
+        structures: Sequence[ase.Atoms],
+        objective: Objective,
+        edges: Cutoff,
+        seed: int,
+        kind: int = TRAINING,
+        memory: int = MEMORY,
     ):
         self.structures = structures
         self.objective = objective
         self.edges = edges
         self.seed = seed
         self.kind = kind
+        self.memory = memory
+        self.kept: dict[int, Neighbors] = {}
 
     def __getitem__(self, address: tuple[int, np.ndarray]) -> Batch:
         epoch, members = address
-        samples = []
-        for index in members:
-            rng = rng_of(self.seed, self.kind, epoch, int(index))
-            samples.append(self.objective.prepare(self.structures[int(index)], rng))
-        return to_batch(samples, self.edges)
+        samples, neighbors = [], []
+        for index in map(int, members):
+            atoms = self.structures[index]
+            sample = self.objective.prepare(atoms, rng_of(self.seed, self.kind, epoch, index))
+            samples.append(sample)
+            still = _in_place(sample.atoms, atoms)
+            found = self.kept.get(index) if still else None
+            if found is None:
+                found = self.edges.neighbors(sample.atoms)
+                if still:
+                    self.keep(index, found)
+            neighbors.append(found)
+        return to_batch(samples, self.edges, neighbors)
+
+    def keep(self, index: int, neighbors: Neighbors) -> None:
+        """Remember the neighbours of a structure as it is, where they will serve again and there is room."""
+        if not self._leaves_atoms:
+            return
+        compact = neighbors.compact()
+        worker = get_worker_info()
+        size = (compact.bytes + OVERHEAD) * (worker.num_workers if worker else 1)  # each worker has its own
+        if size <= self.memory:
+            self.kept[index] = compact
+            self.memory -= size
+
+    @cached_property
+    def _leaves_atoms(self) -> bool:
+        """Whether the objective leaves atoms in place, judged by the first structure."""
+        atoms = self.structures[0]
+        return _in_place(self.objective.prepare(atoms, rng_of(self.seed, self.kind, 0, 0)).atoms, atoms)
+
+
+def _in_place(a: ase.Atoms, b: ase.Atoms) -> bool:
+    """Whether all atoms and cells are in the same places, so that neighbours are too; elements may differ."""
+    return a is b or (
+        np.array_equal(a.positions, b.positions) and np.array_equal(a.cell, b.cell) and np.array_equal(a.pbc, b.pbc)
+    )
+
+
+class Share(NamedTuple):
+    """Which batches of each step a process works on, one after the other: `pieces` of `size` × `pieces`."""
+
+    rank: int = 0
+    size: int = 1
+    pieces: int = 1
+
+
+ALL = Share()
 
 
 def training_batches(
-    batches: Batches, counts: np.ndarray, budget: int, skip: int = 0, workers: int = 0
-) -> Iterator[tuple[int, np.ndarray, Batch]]:
-    """Epoch, members and batch, for ever, each epoch in a new order; `skip` batches are passed over unseen."""
-    order_and_skip = _Addresses(counts, budget, batches.seed, skip)
+    batches: Batches, counts: np.ndarray, budget: int, skip: int = 0, workers: int = 0, share: Share = ALL
+) -> Iterator[tuple[int, np.ndarray, Batch | None]]:
+    """Epoch, members and batch, for ever, each epoch in a new order; `skip` batches are passed over unseen.
+
+    With a `share` they are the batches of this process, and None where a step has too few structures for all.
+    """
+    addresses = _Addresses(counts, budget, batches.seed, skip, share)
     own = torch.Generator()  # or the loader draws from the caller's random numbers
-    loader = DataLoader(batches, batch_size=None, sampler=order_and_skip, num_workers=workers, generator=own)
+    filled = _Addresses(counts, budget, batches.seed, skip, share, filled=True)
+    loader = iter(DataLoader(batches, batch_size=None, sampler=filled, num_workers=workers, generator=own))
     try:
-        for (epoch, members), batch in zip(order_and_skip, loader, strict=False):
-            yield epoch, members, batch
+        for epoch, members in addresses:
+            yield epoch, members, next(loader) if len(members) else None
     except InputError as error:  # a worker sends its whole traceback; the sentence is its last line
         sentence = str(error).strip().splitlines()[-1]
         raise InputError(sentence.removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
-class _Addresses:
-    """An endless sampler that starts anew each time it is iterated."""
+def ahead(
+    stream: Iterator[tuple[int, np.ndarray, Batch | None]], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[int, np.ndarray, Batch | None]]:
+    """The same items; for a GPU, the next one is made in a thread while it works, ready to be fetched."""
+    if device.type != "cuda":
+        yield from stream  # on a CPU a thread hides nothing: model and preparation share its cores
+        return
 
-    def __init__(self, counts: np.ndarray, budget: int, seed: int, skip: int):
+    def following() -> tuple[int, np.ndarray, Batch | None]:
+        epoch, members, batch = next(stream)
+        return epoch, members, batch and batch.to("cpu", dtype).pinned()
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(following)
+        while True:
+            item = coming.result()
+            coming = thread.submit(following)
+            yield item
+
+
+class _Addresses:
+    """An endless sampler that starts anew each time it is iterated; `filled` leaves out batches without structures."""
+
+    def __init__(self, counts: np.ndarray, budget: int, seed: int, skip: int, share: Share = ALL, filled: bool = False):
         self.counts = counts
         self.budget = budget
         self.seed = seed
         self.skip = skip
+        self.share = share
+        self.filled = filled
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return islice(self._all(), self.skip, None)
+        chosen = islice(self._all(), self.skip, None)
+        return ((epoch, members) for epoch, members in chosen if len(members) or not self.filled)
 
     def _all(self) -> Iterator[tuple[int, np.ndarray]]:
+        rank, size, pieces = self.share
         epoch = 0
         while True:
-            order = np.random.default_rng((self.seed, TRAINING, epoch)).permutation(len(self.counts))
-            for members in plan(self.counts, self.budget, order):
-                yield epoch, members
+            everyone = np.arange(len(self.counts), dtype=np.min_scalar_type(-len(self.counts)))
+            order = np.random.default_rng((self.seed, TRAINING, epoch)).permutation(everyone)
+            for lots in steps(self.counts, self.budget, order, size * pieces):
+                yield from ((epoch, members) for members in lots[rank * pieces : (rank + 1) * pieces])
             epoch += 1

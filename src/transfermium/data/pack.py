@@ -8,19 +8,19 @@ import secrets
 import shutil
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from ase import Atoms
-from rich.console import Console
-from rich.progress import track
 
 from ..errors import InputError
 from .labels import Label, Labels
 from .read import stream
+from .sequences import Lazy
 from .shard import (
     FORMAT,
     LEVEL,
@@ -40,6 +40,20 @@ HEADER = "transfermium.json"
 
 LARGEST_SHARD = 2**28  # bytes held in memory before a shard is written, whatever `shard_size` says
 MOST_OPEN = 256  # shards; each holds a file handle
+
+
+class Geometries(Lazy):
+    """The structures of a packed set without labels and other information, which is a third of the work."""
+
+    def __init__(self, structures: PackedSet):
+        self.structures = structures
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def at(self, index: int) -> Atoms:
+        shard, row = self.structures._locate(index)
+        return shard.geometry(row)
 
 
 class PackedSet(Sequence[Atoms]):
@@ -92,11 +106,27 @@ class PackedSet(Sequence[Atoms]):
         level = shard.level(row)
         return level if isinstance(level, str) else None
 
+    @property
+    def geometries(self) -> Geometries:
+        """The same structures without anything else."""
+        return Geometries(self)
+
     @cached_property
     def n_atoms(self) -> np.ndarray:
         """Atoms of each structure, from the offsets alone: (n_structures,)."""
         counts = [self._shard(i).n_atoms() for i in range(len(self.header["shards"]))]
         return np.concatenate(counts)[np.asarray(self.rows, dtype=int)]
+
+    def shards(self) -> Iterator[tuple[Shard, np.ndarray]]:
+        """The files with the rows that are wanted of each, in order."""
+        starts = np.asarray(self._starts)
+        rows = np.asarray(self.rows, dtype=int)
+        files = np.searchsorted(starts, rows, "right") - 1
+        cuts = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(rows)]
+        for begin, end in pairwise(cuts):
+            if begin < end:
+                i = int(files[begin])
+                yield self._shard(i), rows[begin:end] - starts[i]
 
     @property
     def units(self) -> dict[str, str]:
@@ -131,12 +161,14 @@ class PackedSet(Sequence[Atoms]):
         return self._shard(shard), row - self._starts[shard]
 
     def _shard(self, i: int) -> Shard:
-        if i not in self._open:
-            if len(self._open) >= MOST_OPEN:
-                self._open.pop(next(iter(self._open)))
-            shard = self.header["shards"][i]
-            self._open[i] = Shard(self.path / shard["file"], shard["bytes"])
-        return self._open[i]
+        shard = self._open.get(i)
+        if shard is None:  # safe in several threads: at worst two of them open it
+            while len(self._open) >= MOST_OPEN:
+                oldest, *_ = self._open
+                self._open.pop(oldest, None)
+            entry = self.header["shards"][i]
+            shard = self._open[i] = Shard(self.path / entry["file"], entry["bytes"])
+        return shard
 
 
 def pack(
@@ -163,6 +195,9 @@ def pack(
     The folder appears complete or not at all. A folder that already holds these structures is kept and returned;
     anything else at `out` is an InputError and remains untouched.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     out = Path(out).absolute()
     if shard_size < 1:
         raise InputError(f"shard_size is {shard_size}: it must be at least 1")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import SupportsIndex, overload
 
+import numpy as np
 from ase import Atoms
 
 
@@ -56,19 +57,25 @@ class Subset(Lazy):
 
     def __init__(self, structures: Sequence[Atoms], indices: Iterable[SupportsIndex]):
         self.structures = structures
-        self.indices = indices if isinstance(indices, range) else [operator.index(i) for i in indices]
+        self.indices = indices if isinstance(indices, range) else _integers(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def at(self, index: int) -> Atoms:
-        return self.structures[self.indices[index]]
+        return self.structures[int(self.indices[index])]
+
+
+def _integers(indices: Iterable[SupportsIndex]) -> np.ndarray:
+    if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu":
+        return indices.astype(np.int64, copy=False)
+    return np.array([operator.index(i) for i in indices], np.int64)
 
 
 def original(structures: Sequence[Atoms], index: int) -> int:
     """The index that a structure has in the innermost sequence, below all subsets and labels: for error messages."""
     while (below := getattr(structures, "structures", None)) is not None:
         if isinstance(structures, Subset):
-            index = structures.indices[index]
+            index = int(structures.indices[index])
         structures = below
     return index

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixConstraint, dict2constraint
-from ase.spacegroup import Spacegroup
 
 from ..errors import InputError
+
+if TYPE_CHECKING:  # half a second, for those who pack or read packed sets
+    import pyarrow as pa
+    from ase.spacegroup import Spacegroup
 
 FORMAT = "transfermium.packed"
 VERSION = 1
@@ -66,6 +67,8 @@ class ShardWriter:
 
     def write(self, path: Path, units: Mapping[Key, str]) -> dict[str, Any]:
         """Write the columns as one record batch and return the shard's entry in the header."""
+        import pyarrow as pa
+
         arrays, fields = [], []
         for key, column in self.columns.items():
             array = column.to_arrow(self.n, _FIXED.get(key))
@@ -113,7 +116,7 @@ class ShardWriter:
 
 Kind = tuple[str, tuple[int, ...] | None]  # type name; for arrays, the shape after the leading axis
 
-_ARROW = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
+_ARROW = {"float": "float64", "int": "int64", "bool": "bool", "str": "string"}
 
 
 class _Column:
@@ -148,6 +151,8 @@ class _Column:
 
     def to_arrow(self, n: int, fixed_size: int | None) -> pa.Array:
         """The column as an Arrow array of `n` rows; arrays are flat, their shape is in the metadata of the field."""
+        import pyarrow as pa
+
         name, shape = self.kind
         if shape is None:
             values: list[Any] = [None] * n
@@ -197,6 +202,8 @@ class Shard:
     """One memory-mapped file; values are looked up in its buffers without building Arrow or Python objects."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
+        import pyarrow as pa
+
         self.path = path
         check_size(path, n_bytes)
         try:
@@ -209,9 +216,13 @@ class Shard:
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path) from error
 
-    def atoms(self, row: int) -> Atoms:
+    def geometry(self, row: int) -> Atoms:
+        """The structure without labels and other information."""
+        return self.atoms(row, [column for column in self.columns if column[0][0] == "atoms"])
+
+    def atoms(self, row: int, columns: Sequence[tuple[Key, Reader]] | None = None) -> Atoms:
         try:
-            return _to_atoms(self._entries(row, self.columns))
+            return _to_atoms(self._entries(row, self.columns if columns is None else columns))
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise _damaged(self.path, row) from error
 
@@ -221,6 +232,51 @@ class Shard:
 
     def n_atoms(self) -> np.ndarray:
         return np.diff(self.offsets) // 3
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all values have columns of their own, and none is among the others as JSON."""
+        return all(key != OTHERS for key, _ in self.columns)
+
+    def values(self, key: Key, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...] | None]:
+        """What these rows have under a key, one behind the other; how many values each has; the shape of one."""
+        column = self._column(key, rows)
+        name, shape = self._kind(key)
+        present = column.is_valid().to_numpy(zero_copy_only=False)
+        if shape is None:
+            return column.drop_null().to_numpy(zero_copy_only=False), present.astype(int), None
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        return column.flatten().to_numpy(zero_copy_only=False).view(name), lengths, tuple(shape)
+
+    def objects(self, key: Key, rows: np.ndarray) -> list[Any]:
+        """What each of these rows has under a key, or None."""
+        if key not in self._index:
+            return [None] * len(rows)
+        if self._kind(key)[1] is not None:  # its shape is not in the column
+            read = self.columns[self._index[key]][1]
+            return [read(row) for row in rows.tolist()]
+        found: list[Any] = self._column(key, rows).to_pylist()
+        return found
+
+    def count(self, key: Key, rows: np.ndarray) -> int:
+        """How many of these rows have something under a key."""
+        return len(rows) - int(self._column(key, rows).null_count) if self._has_nulls(key) else len(rows)
+
+    @cached_property
+    def _index(self) -> dict[Key, int]:
+        return {key: index for index, (key, _) in enumerate(self.columns)}
+
+    def _has_nulls(self, key: Key) -> bool:
+        return bool(self.batch.column(self._index[key]).null_count)
+
+    def _kind(self, key: Key) -> tuple[str, list[int] | None]:
+        name, shape = json.loads(self.batch.schema.field(self._index[key]).metadata[b"kind"])
+        return name, shape
+
+    def _column(self, key: Key, rows: np.ndarray) -> pa.Array:
+        column = self.batch.column(self._index[key])
+        consecutive = rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+        return column.slice(rows[0], len(rows)) if consecutive else column.take(rows)
 
     def _entries(self, row: int, columns: Iterable[tuple[Key, Reader]]) -> Iterator[tuple[Key, Any]]:
         for key, read in columns:
@@ -252,7 +308,9 @@ def _reader(metadata: Mapping[bytes, bytes], column: pa.Array) -> tuple[Key, Rea
 
 
 def _scalar_reader(column: pa.Array, name: str) -> Reader:
-    if pa.types.is_dictionary(column.type):
+    from pyarrow.types import is_dictionary
+
+    if is_dictionary(column.type):
         words, number = column.dictionary.to_pylist(), memoryview(column.indices.buffers()[1]).cast("B").cast("i")
         return lambda row: words[number[row]]
     if name == "bool":
@@ -267,8 +325,10 @@ def _scalar_reader(column: pa.Array, name: str) -> Reader:
 
 
 def _array_reader(column: pa.Array, name: str, shape: list[int], copy: bool) -> Reader:
+    from pyarrow.types import is_fixed_size_list
+
     values = column.values.to_numpy().view(name)
-    if pa.types.is_fixed_size_list(column.type):
+    if is_fixed_size_list(column.type):
         size = column.type.list_size
         offsets: Any = range(0, size * len(column) + 1, size)
     else:
@@ -378,6 +438,9 @@ def _to_json(value: Any) -> Any:
         and (value.dtype.kind == "U" or value.itemsize <= 8)
     ):
         return {"@array": [value.dtype.newbyteorder("=").str, value.shape, value.ravel().tolist()]}
+    from ase.constraints import FixConstraint
+    from ase.spacegroup import Spacegroup
+
     if isinstance(value, Spacegroup):
         return {"@spacegroup": [value.no, value.setting]}
     if isinstance(value, FixConstraint):
@@ -396,12 +459,16 @@ def _from_json(found: dict[str, Any]) -> Any:
         case {"@spacegroup": [number, setting]}:
             return _spacegroup(number, setting)
         case {"@constraint": arguments}:
+            from ase.constraints import dict2constraint
+
             return dict2constraint(arguments)
     return found
 
 
 @lru_cache
 def _spacegroup(number: int, setting: int) -> Spacegroup:
+    from ase.spacegroup import Spacegroup
+
     return Spacegroup(number, setting)  # reads a file of ASE, slowly
 
 

@@ -3,10 +3,9 @@
 import difflib
 import json
 import math
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ..errors import InputError
-from ..graph import is_isolated_atom
+from .columns import blocks, counts_of, elements, info_names, isolated_atoms, listed
+from .columns import codes as column_codes
 from .labels import word
 from .sequences import Subset
 
@@ -50,8 +50,15 @@ class Split:
 
     def save(self, path: str | Path) -> None:
         """Write the split as JSON."""
-        content = {name: _plain(value) for name, value in vars(self).items()}
-        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        with open(path, "w", encoding="utf-8") as file:
+            for opening, (name, value) in zip(chain("{", repeat(", ")), vars(self).items(), strict=False):
+                file.write(f'{opening}"{name}": ')
+                if isinstance(value, np.ndarray):  # may be long, and longer as Python's integers
+                    parts = (value[i : i + 8192] for i in range(0, len(value), 8192))
+                    file.writelines(chain("[", _separated(json.dumps(part.tolist())[1:-1] for part in parts), "]"))
+                else:
+                    file.write(json.dumps(value))
+            file.write("}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":
@@ -87,36 +94,39 @@ def split(structures: Sequence[Atoms], fraction: float = 0.1, *, by: str = "auto
     """
     if not 0 < fraction < 1:
         raise InputError(f"the fraction for validation is {fraction}, but must lie between 0 and 1")
-    facts = [_Facts.of(atoms) for atoms in structures]
-    members = [i for i, fact in enumerate(facts) if not fact.isolated]
+    total = len(structures)
+    members = np.setdiff1d(np.arange(total), isolated_atoms(structures))
     if len(members) < 2:
         raise InputError(f"{len(members)} structures cannot be split; give validation data of its own")
 
-    groups: list[Hashable]
+    some = structures if len(members) == total else Subset(structures, members)
     if by == "auto":
-        by, groups, reason = _automatic([facts[i] for i in members], fraction)
+        by, groups, reason = _automatic(some, fraction)
     elif by == "random":
-        groups, reason = [*members], "random, as asked"
+        groups, reason = np.arange(len(members)), "random, as asked"
     elif by in ("composition", "prototype"):
-        groups, reason = [getattr(facts[i], by) for i in members], f"by {by}, as asked"
+        groups, reason = _formulas(some, prototype=by == "prototype"), f"by {by}, as asked"
     else:
-        groups, reason = _by_info(facts, members, by)
-    n_groups = len(set(groups))
+        groups, reason = _by_info(some, by)
+    groups = _numbered(groups)
+    n_groups = int(groups.max()) + 1
     if n_groups == 1:
         raise InputError(f"all {len(members)} structures share one {by}; split them at random (by=random)")
 
-    chosen = _choose(groups, [facts[i].elements for i in members], fraction, np.random.default_rng(seed))
-    valid = np.array([i for i, group in zip(members, groups, strict=True) if group in chosen])
-    train = np.setdiff1d(np.arange(len(facts)), valid)
+    present = elements(some)
+    chosen = _choose(groups, present, fraction, np.random.default_rng(seed))
+    valid, train = members[chosen[groups]], np.setdiff1d(np.arange(total), members[chosen[groups]])
 
-    of_groups = "" if by == "random" else f", {len(chosen)} of {n_groups} groups"
-    reason = f"{reason}: {len(valid)} of {len(facts)} structures validate{of_groups}"
-    if len(members) < len(facts):
-        reason += f"; {len(facts) - len(members)} isolated atoms stay in training"
-    new = _elements(facts, valid) - _elements(facts, train)
+    of_groups = "" if by == "random" else f", {int(chosen.sum())} of {n_groups} groups"
+    reason = f"{reason}: {len(valid)} of {total} structures validate{of_groups}"
+    if len(members) < total:
+        reason += f"; {total - len(members)} isolated atoms stay in training"
+    new = listed(present[chosen[groups]]) - listed(present[~chosen[groups]])
+    if new and len(members) < total:
+        new -= {z for i in np.setdiff1d(train, members) for z in structures[int(i)].numbers.tolist()}
     if new:
         reason += f"; only validation has {', '.join(chemical_symbols[z] for z in sorted(new))}"
-    return Split(train, valid, None, by, reason, n_groups, len(facts))
+    return Split(train, valid, None, by, reason, n_groups, total)
 
 
 def by_key(
@@ -135,30 +145,27 @@ def by_key(
     is set apart by `split`, in groups as `by` says; a fraction of 0 sets nothing apart. Structures without the key are
     left out, and counted in the reason.
     """
-    found = [atoms.info.get(key) for atoms in structures]
-    present = [i for i, entry in enumerate(found) if entry is not None]
-    if not present:
-        raise InputError(_no_key(key, {name for atoms in structures for name in atoms.info}))
-    values = sorted({word(found[i]) for i in present})
+    codes, found = column_codes(structures, key, word)
+    if not found:
+        raise InputError(_no_key(key, info_names(structures)))
+    values = sorted(word(entry) for entry in found)
     if value is not None:
         if word(value) not in values:
             raise InputError(f"no structure has {key}={value}; its values are {', '.join(values[:10])}")
-        roles = ["test" if word(found[i]) == word(value) else "train" for i in present]
+        roles = ["test" if word(entry) == word(value) else "train" for entry in found]
     else:
-        roles = [_role(found[i]) for i in present]
+        roles = [_role(entry) for entry in found]
         if "" in roles:
             raise InputError(
                 f"{key!r} has the values {', '.join(values[:10])}, not train, val and test; "
                 f"say which value is the test set"
             )
 
-    sides = {
-        name: np.array([i for i, role in zip(present, roles, strict=True) if role == name], int)
-        for name in ("train", "valid", "test")
-    }
+    role_of = np.array([*roles, ""])[codes]  # the last is that of a structure without the key
+    sides = {name: np.flatnonzero(role_of == name) for name in ("train", "valid", "test")}
     reason = f"by {key!r}{'' if value is None else f', with {value} as test'}"
-    if len(present) < len(found):
-        reason += f"; {len(found) - len(present)} structures without it are left out"
+    if lacking := int((codes < 0).sum()):
+        reason += f"; {lacking} structures without it are left out"
     if not len(sides["train"]):
         raise InputError(f"{key!r} leaves no structures to train on; its values are {', '.join(values[:10])}")
     if not len(sides["valid"]) and fraction > 0:
@@ -166,7 +173,7 @@ def by_key(
         sides["valid"], sides["train"] = sides["train"][inner.valid], sides["train"][inner.train]
         reason += f"; validation from its training part, {inner.reason}"
     test = sides["test"] if len(sides["test"]) else None
-    return Split(sides["train"], sides["valid"], test, key, reason, len(values), len(found))
+    return Split(sides["train"], sides["valid"], test, key, reason, len(values), len(codes))
 
 
 def nested(indices: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int = 0) -> list[np.ndarray]:
@@ -181,119 +188,131 @@ def nested(indices: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int 
 def found_split_keys(structures: Sequence[Atoms]) -> dict[str, list[Any]]:
     """Keys of info that look like a ready-made split (split, test_fold, cv_fold...) → their values."""
     found: dict[str, set[Any]] = {}
-    for atoms in structures:
-        for key, value in atoms.info.items():
-            if key.lower().endswith(("split", "fold")) and isinstance(value, str | int | np.integer):
-                found.setdefault(key, set()).add(value if isinstance(value, str) else int(value))
+    for block in blocks(structures):
+        for key in (name for place, name in block.present() if place == "info"):
+            if key.lower().endswith(("split", "fold")):
+                values = [value for value in block.info(key) if isinstance(value, str | int | np.integer)]
+                if values:
+                    found.setdefault(key, set()).update(v if isinstance(v, str) else int(v) for v in values)
     return {key: sorted(values, key=lambda value: (isinstance(value, str), value)) for key, values in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- groups
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What a split needs to know of a structure, so that each is fetched once."""
-
-    info: Mapping[str, Any]
-    elements: frozenset[int]
-    composition: Hashable
-    prototype: Hashable
-    isolated: bool
-
-    @classmethod
-    def of(cls, atoms: Atoms) -> "_Facts":
-        numbers, counts = np.unique(atoms.numbers, return_counts=True)
-        counts = counts // np.gcd.reduce(counts)
-        composition = tuple(zip(numbers.tolist(), counts.tolist(), strict=True))
-        prototype = (tuple(sorted(counts.tolist())), len(atoms), str(atoms.info.get("spacegroup")))
-        return cls(dict(atoms.info), frozenset(numbers.tolist()), composition, prototype, is_isolated_atom(atoms))
-
-
-def _automatic(facts: Sequence[_Facts], fraction: float) -> tuple[str, list[Hashable], str]:
+def _automatic(structures: Sequence[Atoms], fraction: float) -> tuple[str, np.ndarray, str]:
     """Choose the groups: (by, group of each structure, reason)."""
-    alone: list[Hashable] = list(range(len(facts)))
-    shared = [key for key in IDS if _repeats([_id(fact, key) for fact in facts])]
+    n = len(structures)
+    alone = np.arange(n)
+    ids = {key: codes for key in IDS if (codes := _ids(structures, key)) is not None}
+    shared = [key for key, codes in ids.items() if np.bincount(codes[codes >= 0], minlength=1).max() > 1]
     if shared:
-        groups: list[Hashable] = [_first_id(fact, shared) or fact.composition for fact in facts]
         by = "+".join(shared)
-        lacking = sum(_first_id(fact, shared) is None for fact in facts)
+        groups = np.full(n, -1)
+        for key in shared:
+            groups = np.where(groups < 0, np.where(ids[key] < 0, -1, ids[key] + groups.max() + 1), groups)
+        lacking = int((groups < 0).sum())
+        if lacking:
+            groups = np.where(groups < 0, _formulas(structures) + groups.max() + 1, groups)
         reason = f"by {by}, which several structures share" + (
             f" ({lacking} without: by composition)" if lacking else ""
         )
     else:
-        groups = [fact.composition for fact in facts]
+        groups = _formulas(structures)
         by, reason = "composition", "by composition, as several structures share one"
 
-    largest = Counter(groups).most_common(1)[0][1]
+    largest = int(np.bincount(groups).max())
     if largest == 1:
         return "random", alone, "random, as no two structures share an id or composition"
-    if largest == len(facts):
+    if largest == n:
         return "random", alone, f"random, as all structures share one {by}"
-    if len(facts) - largest < _target(len(facts), fraction):
+    if n - largest < _target(n, fraction):
         return "random", alone, f"random, as {largest} structures share one {by} and the others are too few to validate"
     return by, groups, reason
 
 
-def _by_info(facts: Sequence[_Facts], members: Sequence[int], key: str) -> tuple[list[Hashable], str]:
+def _by_info(structures: Sequence[Atoms], key: str) -> tuple[np.ndarray, str]:
     """Group by a key of info; structures without it are groups of their own."""
-    groups: list[Hashable] = [_id(facts[i], key) or i for i in members]
-    lacking = sum(isinstance(group, int) for group in groups)
-    if lacking == len(members):
-        raise InputError(_no_key(key, {name for fact in facts for name in fact.info}))
-    return groups, f"by {key!r}, as asked" + (f" ({lacking} without it are groups of their own)" if lacking else "")
+    codes = _ids(structures, key)
+    if codes is None:
+        raise InputError(_no_key(key, info_names(structures)))
+    lacking = codes < 0
+    groups = np.where(lacking, np.cumsum(lacking) + codes.max(), codes)
+    of_their_own = f" ({int(lacking.sum())} without it are groups of their own)" if lacking.any() else ""
+    return groups, f"by {key!r}, as asked{of_their_own}"
 
 
-def _choose(
-    groups: Sequence[Hashable], elements: Sequence[frozenset[int]], fraction: float, rng: np.random.Generator
-) -> set[Hashable]:
-    """Draw whole groups until they hold at least `fraction` of all structures; at least one group is left."""
-    sizes = Counter(groups)
-    contents: dict[Hashable, frozenset[int]] = {}
-    for group, present in zip(groups, elements, strict=True):
-        contents[group] = contents.get(group, frozenset()) | present
-    left = Counter(z for present in contents.values() for z in present)  # groups in training with this element
+def _ids(structures: Sequence[Atoms], key: str) -> np.ndarray | None:
+    """Numbers that are equal for the same id, -1 where there is none; None when no structure has one."""
+
+    def spelled(value: Any) -> str:
+        if isinstance(value, np.ndarray | list | tuple | dict):
+            raise InputError(f"info {key!r} is no id but a {type(value).__name__}; split by another key")
+        return word(value)
+
+    codes, found = column_codes(structures, key, spelled)
+    return codes if found else None
+
+
+def _formulas(structures: Sequence[Atoms], prototype: bool = False) -> np.ndarray:
+    """Numbers that are equal for the same reduced formula; for a prototype without the names of its elements."""
+    result = np.empty(len(structures), np.uint64)
+    start = 0
+    for block in blocks(structures):
+        counts = counts_of(block)
+        counts //= np.gcd.reduce(counts, axis=1)[:, None]
+        if prototype:
+            groups = [hash(str(group)) & (2**63 - 1) for group in block.info("spacegroup")]
+            counts.sort(axis=1)
+            counts[:, :2] = np.stack([block.n_atoms, groups], axis=1)  # never so many elements that these are in use
+        weights = np.random.default_rng(0).integers(2**64, size=counts.shape[1], dtype=np.uint64)
+        result[start : start + len(block)] = counts.astype(np.uint64) @ weights  # of 64 bits: no two formulas share one
+        start += len(block)
+    return np.unique(result, return_inverse=True)[1]
+
+
+def _numbered(groups: np.ndarray) -> np.ndarray:
+    """The same groups numbered in the order in which they first appear."""
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    ranks = np.empty(len(first), int)
+    ranks[np.argsort(first)] = np.arange(len(first))
+    return ranks[inverse]
+
+
+def _choose(groups: np.ndarray, present: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw whole groups until they hold at least `fraction` of all structures; at least one group is left.
+
+    `present` are the elements of each structure as packed bits. Returns which groups were drawn: (n_groups,).
+    """
+    sizes = np.bincount(groups)
+    order = np.argsort(groups, kind="stable")
+    contents = np.bitwise_or.reduceat(present[order], np.cumsum(sizes) - sizes, axis=0)  # (n_groups, BITS)
+    left = sum(
+        np.unpackbits(part, axis=1).sum(axis=0, dtype=int) for part in np.array_split(contents, len(sizes) // 8192 + 1)
+    )
 
     target = _target(len(groups), fraction)
-    names = list(sizes)
-    order = [names[i] for i in rng.permutation(len(names))]
-    small = [name for name in order if sizes[name] <= target]
-    large = sorted((name for name in order if sizes[name] > target), key=sizes.__getitem__)
-    chosen: set[Hashable] = set()
-    held = 0
+    order = rng.permutation(len(sizes))
+    small, large = order[sizes[order] <= target], order[sizes[order] > target]
+    large = large[np.argsort(sizes[large], kind="stable")]
+    chosen = np.zeros(len(sizes), bool)
+    held = n_chosen = 0
     for candidates, only_spare in product((small, large), (True, False)):
-        for name in candidates:
-            if held >= target or len(chosen) == len(names) - 1:
+        for group in candidates:
+            if held >= target or n_chosen == len(sizes) - 1:
                 return chosen
-            if name in chosen or (only_spare and any(left[z] == 1 for z in contents[name])):
+            own = np.unpackbits(contents[group]).astype(bool)
+            if chosen[group] or (only_spare and (left[own] == 1).any()):
                 continue
-            chosen.add(name)
-            held += sizes[name]
-            left.subtract(contents[name])
+            chosen[group] = True
+            n_chosen += 1
+            held += int(sizes[group])
+            left[own] -= 1
     return chosen
 
 
 def _target(n: int, fraction: float) -> int:
     return max(1, math.ceil(fraction * n - 1e-9))  # 0.1 × 30 is a little more than 3
-
-
-def _elements(facts: Sequence[_Facts], indices: np.ndarray) -> frozenset[int]:
-    return frozenset().union(*(facts[int(i)].elements for i in indices))
-
-
-def _id(fact: _Facts, key: str) -> tuple[str, str] | None:
-    value = fact.info.get(key)
-    if isinstance(value, np.ndarray | list | tuple | dict):
-        raise InputError(f"info {key!r} is no id but a {type(value).__name__}; split by another key")
-    return None if value is None else (key, word(value))
-
-
-def _first_id(fact: _Facts, keys: Sequence[str]) -> tuple[str, str] | None:
-    return next((found for key in keys if (found := _id(fact, key)) is not None), None)
-
-
-def _repeats(ids: Sequence[Hashable]) -> bool:
-    return any(count > 1 for name, count in Counter(ids).items() if name is not None)
 
 
 def _role(value: Any) -> str:
@@ -307,8 +326,9 @@ def _no_key(key: str, names: set[str]) -> str:
     return f"no structure has {key!r} in its info; there are {', '.join(sorted(names)) or 'no keys'}{hint}"
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+def _separated(parts: Iterable[str]) -> Iterator[str]:
+    for opening, part in zip(chain([""], repeat(", ")), parts, strict=False):
+        yield opening + part
 
 
 def _indices(values: Any) -> np.ndarray:
