@@ -69,10 +69,11 @@ class ET(Backbone):
     def forward(self, graph: AtomGraph) -> Features:
         edges = Neighborhood(graph, self.edges, self.basis)
         x = self.neighbors(self.node_inputs(graph), graph, edges)
-        v = x.new_zeros(0)  # (n_atoms, 3, width) after the first block
+        v: Tensor | None = None  # (n_atoms, 3, width) after the first block
         for block in self.attention:
             dx, dv = block(x, v, edges)
-            x, v = x + dx, dv if block is self.attention[0] else v + dv
+            x, v = x + dx, dv if v is None else v + dv
+        assert v is not None
         length2 = v.square().sum(dim=1, keepdim=True).mean(dim=2, keepdim=True)
         return Features(self.norm(x), self.vector_scale * v / torch.sqrt(length2 + 1e-2))
 
@@ -108,13 +109,13 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width if first else 3 * width)
         self.formula = attention_formulas(heads)[0 if first else 1]
 
-    def forward(self, x: Tensor, v: Tensor, edges: Neighborhood) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, v: Tensor | None, edges: Neighborhood) -> tuple[Tensor, ...]:
         x = self.norm(x)
         query, key = self.query(x).unsqueeze(1), self.key(x).unsqueeze(1)
         value = self.value(x).unflatten(1, (3, -1))
-        senders = [key, value] if self.vectors is None else [key, value, v]
+        senders = [key, value] if v is None else [key, value, v]
         scalars, sums = edges.sum(self.formula, self.filters, senders, receivers=[query])
-        if self.vectors is None:
+        if v is None or self.vectors is None:
             return self.output(scalars.squeeze(1)), sums
         o = self.output(scalars.squeeze(1)).unflatten(1, (3, -1))
         mixed = self.vectors(v).unflatten(2, (3, -1)).flatten(1, 2)  # three vectors: their x, their y, their z

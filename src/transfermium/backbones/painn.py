@@ -55,10 +55,10 @@ class PaiNN(Backbone):
     def forward(self, graph: AtomGraph) -> Features:
         edges = Neighborhood(graph, self.edges, self.basis)
         s = self.node_inputs(graph).unsqueeze(1)  # (n_atoms, 1, width)
-        v = s.new_zeros(0)  # (n_atoms, 3, width) after the first message
+        v: Tensor | None = None  # (n_atoms, 3, width) after the first message
         for message, update in zip(self.messages, self.updates, strict=True):
             ds, dv = message(s, v, edges)
-            s, v = s + ds, v + dv if len(v) else dv
+            s, v = s + ds, dv if v is None else v + dv
             s, v = update(s, v)
         return Features(s.squeeze(1), v)
 
@@ -71,11 +71,11 @@ class Message(nn.Module):
         self.phi = mlp(width, width, 3 * width)
         self.filter = nn.Linear(radial + 1, 3 * width, bias=False)
 
-    def forward(self, s: Tensor, v: Tensor, edges: Neighborhood) -> tuple[Tensor, ...]:
+    def forward(self, s: Tensor, v: Tensor | None, edges: Neighborhood) -> tuple[Tensor, ...]:
         phi = self.phi(s.squeeze(1)).unflatten(1, (3, -1))
-        if len(v):
-            return edges.sum(MESSAGE, self.filters, senders=[phi, v])
-        return edges.sum(FIRST_MESSAGE, self.filters, senders=[phi])
+        if v is None:
+            return edges.sum(FIRST_MESSAGE, self.filters, senders=[phi])
+        return edges.sum(MESSAGE, self.filters, senders=[phi, v])
 
     def filters(self, at: Radii) -> Tensor:
         """Linear in the basis, with a bias, all times the envelope."""
