@@ -1,8 +1,11 @@
 """Kernels against plain torch, formulas against automatic differentiation."""
 
 import contextlib
+import gc
+import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -232,6 +235,25 @@ class TestFormulas:
         first, _ = formula(x)
         (slope,) = torch.autograd.grad(first.sum(), x)
         torch.testing.assert_close(slope, x.detach().flip(1))
+
+    def test_nothing_is_kept_of_a_graph(self, alloy):
+        model = _model(BACKBONES[1]).train()
+        graph = to_graph([alloy], BACKBONES[1].edges).to("cpu", torch.float32)
+        kept = weakref.ref(graph.senders)
+        model(graph, ["energy", "forces"])["forces"].square().sum().backward()
+        del graph
+        gc.collect()
+        assert kept() is None
+
+    def test_forked_processes_have_threads_of_their_own(self, threads):
+        threads(2)
+        formula = AtomFormula(lambda x: [x[0] * 2.0], inputs=(1,), outputs=(1,))
+        x = torch.ones(64, 1, 8)
+        formula(x)
+        child = os.fork()
+        if not child:
+            os._exit(0 if float(formula(x)[0].sum()) == 1024 else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
     def test_shapes_are_checked(self):
         formula = AtomFormula(lambda x: [x[0] + x[1]], inputs=(1, 1), outputs=(1,))

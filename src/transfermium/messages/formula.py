@@ -46,12 +46,13 @@ def fixed_weights() -> Iterator[None]:
 
 
 def have_kernels(*tensors: Tensor) -> bool:
-    """Whether these tensors are worked on by compiled kernels: float32 on a CPU, with llvmlite installed."""
-    return (
-        _use_kernels.get()
-        and kernels.available()
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    )
+    """Whether these tensors are worked on by compiled kernels: float32 on a CPU, with llvmlite installed.
+
+    While torch traces or compiles, it is shown the reference.
+    """
+    real = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    single = all(t.dtype == torch.float32 for t in tensors)
+    return real and single and _use_kernels.get() and kernels.available() and not torch.compiler.is_compiling()
 
 
 class Radii(NamedTuple):
@@ -80,6 +81,7 @@ class Neighborhood:
         self.cutoff = cutoff
         self.basis = basis
         self.compiled = have_kernels(self.vectors)
+        self._bounds: dict[int, list[int]] = {}
 
     def sum(
         self,
@@ -153,12 +155,13 @@ class Neighborhood:
         counts = torch.bincount(self.receivers, minlength=self.n_atoms)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
-    @functools.cache  # noqa: B019
     def bounds(self, parts: int) -> list[int]:
         """Cut the atoms into parts with about as many edges each."""
-        starts = self.starts.numpy()
-        inner = np.searchsorted(starts, np.linspace(0, starts[-1], parts + 1)[1:-1])
-        return [0, *(int(i) for i in inner), self.n_atoms]
+        if parts not in self._bounds:
+            starts = self.starts.numpy()
+            inner = np.searchsorted(starts, np.linspace(0, starts[-1], parts + 1)[1:-1])
+            self._bounds[parts] = [0, *(int(i) for i in inner), self.n_atoms]
+        return self._bounds[parts]
 
 
 class EdgeFormula:
