@@ -19,6 +19,7 @@ from transfermium.messages import (
     Neighborhood,
     expression,
     head_total,
+    kernels,
     reference,
     sigmoid,
     softplus,
@@ -124,9 +125,12 @@ BACKBONES = [
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda b: type(b).__name__)
 class TestKernelsAgainstTheReference:
-    @pytest.mark.parametrize("n_threads", [1, 3])
-    def test_energies_derivatives_and_gradients_of_weights(self, backbone, n_threads, threads, structures):
-        threads(n_threads)
+    @pytest.mark.parametrize("by", ["one thread", "OpenMP", "a pool"])
+    def test_energies_derivatives_and_gradients_of_weights(self, backbone, by, threads, structures, monkeypatch):
+        threads(1 if by == "one thread" else 3)
+        monkeypatch.setattr(kernels, "WORTH_A_THREAD", 100)
+        if by == "a pool":
+            monkeypatch.setattr(kernels, "_team", lambda: None)
         structures = [rattled(atoms, seed) for seed, atoms in enumerate([*structures, structures[0] * (2, 2, 1)])]
         model = _model(backbone)
         fast = _everything(model, structures)
@@ -245,8 +249,10 @@ class TestFormulas:
         gc.collect()
         assert kept() is None
 
-    def test_forked_processes_have_threads_of_their_own(self, threads):
+    def test_forked_processes_have_threads_of_their_own(self, threads, monkeypatch):
         threads(2)
+        monkeypatch.setattr(kernels, "WORTH_A_THREAD", 1)
+        monkeypatch.setattr(kernels, "_team", lambda: None)
         formula = AtomFormula(lambda x: [x[0] * 2.0], inputs=(1,), outputs=(1,))
         x = torch.ones(64, 1, 8)
         formula(x)

@@ -7,6 +7,7 @@ channels that a formula uses again split its channel loop in two.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -14,7 +15,8 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from .spline import SPLINES, Grid
 
 Place = Literal["receiver", "sender", "edge", "table"]
 FLAGS = "reassoc nsz arcp contract"
+WORTH_A_THREAD = 2_000_000  # operations, some tenth of a millisecond
 
 
 class Array(NamedTuple):
@@ -53,13 +56,11 @@ class Kernel:
     channels: int
     grid: Grid | None
     over_edges: bool = True
-    _address: int = field(init=False)
 
     def __post_init__(self) -> None:
-        source = _Source(self.inputs, self.outputs, self.channels, self.grid, self.over_edges).text()
-        self._address = _compiled(source)
-        n = 2 + len(self.inputs) + len(self.outputs)
-        self._function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * n)(self._address)
+        source = _Source(self.inputs, self.outputs, self.channels, self.grid, self.over_edges)
+        self._operations = len(source.order)
+        self._function, self._parallel = _compiled(source.text(), 2 + len(self.inputs) + len(self.outputs))
 
     def __call__(self, edges: Any, tensors: Sequence[Tensor], n_rows: int) -> list[Tensor]:
         """Run over all edges.
@@ -79,10 +80,11 @@ class Kernel:
             shape = self._shape(array, counts.get(array.place, n_rows))
             if tensor.shape != shape:
                 raise ValueError(f"'{array.name}' has shape {tuple(tensor.shape)}, but must have {shape}")
-        threads = min(torch.get_num_threads(), max(n_rows // 16, 1))
-        bounds = (
-            edges.bounds(threads) if edges is not None else np.linspace(0, n_rows, threads + 1).astype(int).tolist()
-        )
+        work = (n_edges if self.over_edges else n_rows) * self.channels * self._operations
+        threads = min(torch.get_num_threads(), 1 + work // WORTH_A_THREAD)
+        bounds = [0, n_rows]
+        if threads > 1:
+            bounds = edges.bounds(threads) if edges is not None else [n_rows * k // threads for k in range(threads + 1)]
         shapes = [self._shape(output.array, counts.get(output.array.place, n_rows)) for output in self.outputs]
         results, own = [], []
         for output, shape in zip(self.outputs, shapes, strict=True):
@@ -95,15 +97,19 @@ class Kernel:
         pointers = [0, 0] if edges is None else [edges.starts.data_ptr(), edges.senders.data_ptr()]
         kept = [t.contiguous() for t in tensors]
         pointers += [t.data_ptr() for t in kept]
-
-        def run(part: int) -> None:
-            outs = [(r[part] if o else r).data_ptr() for r, o in zip(results, own, strict=True)]
-            self._function(bounds[part], bounds[part + 1], *pointers, *outs)
-
-        others = [_pool(threads).submit(run, part) for part in range(1, threads)]
-        run(0)
-        for other in others:
-            other.result()
+        outs = [
+            [(r[part] if o else r).data_ptr() for r, o in zip(results, own, strict=True)] for part in range(threads)
+        ]
+        if threads == 1:
+            self._function(*bounds, *pointers, *outs[0])
+        elif (team := _team()) is not None:
+            words = [threads, *bounds, *(word for part in outs for word in (*pointers, *part))]
+            team.run(self._parallel, (ctypes.c_int64 * len(words))(*words), threads, 0)
+        else:
+            parts = zip(bounds, bounds[1:], outs, strict=False)
+            jobs = [_pool(threads).submit(self._function, a, b, *pointers, *part) for a, b, part in parts]
+            for job in jobs:
+                job.result()
         return [r.sum(0) if o else r for r, o in zip(results, own, strict=True)]
 
     def _shape(self, array: Array, n: int) -> tuple[int, ...]:
@@ -116,9 +122,31 @@ def available() -> bool:
     return importlib.util.find_spec("llvmlite") is not None
 
 
+class Team(NamedTuple):
+    """OpenMP's threads: those of torch, so that neither waits for cores on which the other's spin."""
+
+    run: Any  # (function, data, threads, 0): the function is called by each thread
+    thread: int  # addresses of functions without argument: which thread this is,
+    threads: int  # and how many there are
+
+
+@functools.cache
+def _team() -> Team | None:
+    """The OpenMP library that torch has loaded, if it is GCC's."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
+            library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            library.GOMP_parallel.restype = None
+            which = (library.omp_get_thread_num, library.omp_get_num_threads)
+            return Team(library.GOMP_parallel, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in which))
+    return None
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1)
+    """Threads for where torch has another OpenMP."""
+    return ThreadPoolExecutor(threads)
 
 
 if hasattr(os, "register_at_fork"):
@@ -150,10 +178,15 @@ def vector_width() -> int:
 _engines: list[Any] = []  # keep compiled code alive
 
 
-def _compiled(source: str) -> int:
+def _compiled(source: str, n_arrays: int) -> tuple[Any, int]:
+    """The kernel as a function of first row, last row and arrays; and the address of the one for a team of threads."""
     import llvmlite.binding as llvm
 
     machine = _machine()
+    if (team := _team()) is not None:
+        llvm.add_symbol("omp_get_thread_num", team.thread)
+        llvm.add_symbol("omp_get_num_threads", team.threads)
+        source += _for_a_team(n_arrays)
     module = llvm.parse_assembly(source)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
@@ -165,7 +198,50 @@ def _compiled(source: str) -> int:
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     _engines.append(engine)
-    return int(engine.get_function_address("kernel"))
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * n_arrays)
+    parallel = engine.get_function_address("parallel") if team is not None else 0
+    return kind(engine.get_function_address("kernel")), int(parallel)
+
+
+def _for_a_team(n_arrays: int) -> str:
+    """What each thread does: the parts that are its own, of [parts, bounds (parts + 1), arrays of each part]."""
+    loads = [
+        f"  %at{k} = add i64 %first, {k}\n  %p{k} = getelementptr i64, ptr %work, i64 %at{k}\n"
+        f"  %a{k} = load ptr, ptr %p{k}\n"
+        for k in range(n_arrays)
+    ]
+    arrays = "".join(f", ptr %a{k}" for k in range(n_arrays))
+    return f"""
+declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
+define void @parallel(ptr %work) {{
+entry:
+  %thread = call i32 @omp_get_thread_num()
+  %own = sext i32 %thread to i64
+  %threads = call i32 @omp_get_num_threads()
+  %stride = sext i32 %threads to i64
+  %parts = load i64, ptr %work
+  %bounds = getelementptr i64, ptr %work, i64 1
+  %arrays = add i64 %parts, 2
+  br label %test
+test:
+  %part = phi i64 [ %own, %entry ], [ %next, %body ]
+  %more = icmp slt i64 %part, %parts
+  br i1 %more, label %body, label %done
+body:
+  %pb = getelementptr i64, ptr %bounds, i64 %part
+  %begin = load i64, ptr %pb
+  %pe = getelementptr i64, ptr %pb, i64 1
+  %end = load i64, ptr %pe
+  %skip = mul i64 %part, {n_arrays}
+  %first = add i64 %arrays, %skip
+{"".join(loads)}  call void @kernel(i64 %begin, i64 %end{arrays})
+  %next = add i64 %part, %stride
+  br label %test
+done:
+  ret void
+}}
+"""
 
 
 class _Source:
