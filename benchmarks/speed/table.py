@@ -55,13 +55,14 @@ def full(found: Sequence[Record]) -> str:
 
 
 def short(found: Sequence[Record]) -> str:
-    """One thread, W1: speed, memory and time to accuracy of every architecture, fastest training first."""
+    """One thread, W1: processor time and memory of every architecture, fastest training first."""
     rows = []
-    for one in sorted(pick(found, task="train", workload="W1", threads=1), key=lambda one: -one["structures_per_s"]):
+    for one in sorted(pick(found, task="train", workload="W1", threads=1), key=lambda one: one["cpu_s"]):
         same = {"system": one["system"], "backbone": one["backbone"], "threads": 1, "workload": "W1"}
         infer, target = first(found, task="infer", **same), first(found, task="to_accuracy", **same)
-        rows.append([*name(one), one["structures_per_s"], one["peak_mb"], value(infer, "ms"), arrival(target)])
-    columns = ["", "width × layers", "training, structures/s", "peak MB", "energy + forces, ms", "time to accuracy, s"]
+        reached = target and (target["cpu_s"] or f"not reached ({target['best']})")
+        rows.append([*name(one), 1e3 * one["cpu_s"], one["peak_mb"], infer and 1e3 * infer["cpu_s"], reached])
+    columns = ["CPU", "width × layers", "training step, ms", "peak MB", "energy + forces, ms", "to 0.1 eV/Å, s"]
     return markdown(columns, rows)
 
 
