@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from big import keep, made_up
 
 WARM_UP = 5  # steps
-EDGES = 20_000  # of each process
+EDGES = 40_000  # of each process and step, as four boxes of 192 atoms of water have
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def worker(rank: int, steps: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = [atoms * (4, 4, 4) for atoms in made_up(32 * int(os.environ["WORLD_SIZE"]))]
+    found = [atoms * (2, 2, 2) for atoms in made_up(256 * int(os.environ["WORLD_SIZE"]))]
     for atoms in found:
         atoms.info["energy"] = 0.0
         atoms.arrays["forces"] = 0 * atoms.positions

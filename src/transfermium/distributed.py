@@ -160,8 +160,16 @@ def sum_counts(counts: Mapping[str, float], device: torch.device | None = None) 
     A process may lack names that others have. Names are agreed on when a new one turns up; then a call is one
     all-reduce of a few numbers.
     """
+    return summing(counts, device)()
+
+
+def summing(counts: Mapping[str, float], device: torch.device | None = None) -> Callable[[], dict[str, float]]:
+    """Begin with `sum_counts` and go on with other work; the function returned waits for its result.
+
+    Nothing else may be exchanged before it is called.
+    """
     if size() == 1:
-        return dict(counts)
+        return lambda: dict(counts)
     names = _state.names
     known = [name in counts for name in names]
     sums = torch.tensor(
@@ -170,13 +178,19 @@ def sum_counts(counts: Mapping[str, float], device: torch.device | None = None) 
         device=device if _state.nccl(device) else None,
     )
     with _talking():
-        dist.all_reduce(sums)
-    news, *values = sums.tolist()
-    if news:
-        _state.names = sorted({*names, *(name for own in gathered(list(counts)) for name in own)})
-        return sum_counts(counts, device)
-    present = values[len(names) :]
-    return {name: value for name, value, n in zip(names, values, present, strict=False) if n}
+        exchange = dist.all_reduce(sums, async_op=True)
+
+    def finish() -> dict[str, float]:
+        with _talking():
+            exchange.wait()
+        news, *values = sums.tolist()
+        if news:
+            _state.names = sorted({*names, *(name for own in gathered(list(counts)) for name in own)})
+            return sum_counts(counts, device)
+        present = values[len(names) :]
+        return {name: value for name, value, n in zip(names, values, present, strict=False) if n}
+
+    return finish
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:

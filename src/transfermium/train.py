@@ -232,6 +232,7 @@ class _Run:
         self.cpu = 0.0
         self.unimproved = 0
         self.finished = False
+        self.like: dict[str, Tensor] = {}  # outputs of no rows, as the last ones were
         self.room = config.edges  # most edges at once that memory has had room for
 
     def progress(self, save_every: float) -> Iterator[Progress]:
@@ -301,13 +302,13 @@ class _Run:
 
     def _within_memory(self, batches: Sequence[Batch], addresses: Sequence[Address]) -> dict[str, float]:
         """`_backward`, with the same structures in smaller batches when memory runs out, and from then on."""
-        totals: dict[str, float] = {}
+        summed: list[dict[str, float]] = []
         while True:
             if self.room < self.config.edges:
                 parts = [(epoch, p) for epoch, m in addresses for p in plan(self.counts, self.room, m)]
                 batches = [self.batches[part] for part in parts]
             try:
-                return self._backward([batch.to(device_of(self.model)) for batch in batches], totals)
+                return self._backward([batch.to(device_of(self.model)) for batch in batches], summed)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -320,30 +321,31 @@ class _Run:
             if device_of(self.model).type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _backward(self, batches: Sequence[Batch], total_counts: dict[str, float]) -> dict[str, float]:
+    def _backward(self, batches: Sequence[Batch], summed: list[dict[str, float]]) -> dict[str, float]:
         """Add the gradient of what these batches have of the loss; returns their part of each of its terms.
 
         A term is the sum of the errors of all batches over the number of their labels. So numbers are added up first,
         over batches and processes; then each batch can be differentiated alone, and parts and gradients be added up.
-        They are left in `total_counts`, so that a second try with the same labels adds up nothing with other processes.
+        They are left in `summed`, so that a second try with the same labels adds up nothing with other processes.
         """
-        objective = self.batches.objective
-        terms: Loss = {}
-        counts: Counter[str] = Counter()
-        for batch in batches:
-            if not terms:
-                outputs = self.model(batch.graph, batch.targets)
-                terms = objective.loss(outputs, batch)
-                counts.update(_numbers({name: count for name, (_, count) in terms.items()}))
-            else:
-                counts.update(self._labels_in(batch, outputs))
-        if not total_counts:
-            total_counts.update(distributed.sum_counts(counts, device_of(self.model)))
+        finish = None
+        if distributed.size() > 1 and self.like and not summed:
+            finish = distributed.summing(self._labels_in(batches), device_of(self.model))
+        try:  # the numbers travel while the first batch is computed, and arrive whatever becomes of it
+            first = self._terms(batches[0]) if batches else {}
+        finally:
+            if finish is not None:
+                summed.append(finish())
+        if not summed:
+            counts: Counter[str] = Counter()
+            counts.update(_numbers({name: count for name, (_, count) in first.items()}))
+            counts.update(self._labels_in(batches[1:]))
+            summed.append(distributed.sum_counts(counts, device_of(self.model)))
+        (total_counts,) = summed
 
         parts: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
-            if number:
-                terms = objective.loss(self.model(batch.graph, batch.targets), batch)
+            terms = self._terms(batch) if number else first
             means = {name: total / total_counts[name] for name, (total, _) in terms.items() if total_counts[name]}
             if means:
                 loss = torch.stack(list(means.values())).sum()
@@ -351,12 +353,24 @@ class _Run:
             parts |= {name: parts.get(name, 0.0) + value.detach() for name, value in means.items()}
         return _numbers(parts)
 
+    def _terms(self, batch: Batch) -> Loss:
+        """The terms of the loss of a batch, and outputs of no rows that say what they were computed from."""
+        outputs = self.model(batch.graph, batch.targets)
+        self.like = {name: output.new_empty((0, *output.shape[1:])) for name, output in outputs.items()}
+        return self.batches.objective.loss(outputs, batch)
+
     @torch.no_grad()
-    def _labels_in(self, batch: Batch, like: Mapping[str, Tensor]) -> dict[str, float]:
-        """How many labels of each term a batch has, told without the model: by the loss of outputs that are zero."""
-        rows = {name: batch.graph.n_atoms if self.model.per_atom(name) else batch.graph.n_systems for name in like}
-        zeros = {name: output.new_zeros((rows[name], *output.shape[1:])) for name, output in like.items()}
-        return _numbers({name: count for name, (_, count) in self.batches.objective.loss(zeros, batch).items()})
+    def _labels_in(self, batches: Sequence[Batch]) -> Counter[str]:
+        """How many labels of each term there are, told without the model: by the loss of outputs that are zero."""
+        counts: Counter[str] = Counter()
+        for batch in batches:
+            rows = {
+                name: batch.graph.n_atoms if self.model.per_atom(name) else batch.graph.n_systems for name in self.like
+            }
+            zeros = {name: like.new_zeros((rows[name], *like.shape[1:])) for name, like in self.like.items()}
+            terms = self.batches.objective.loss(zeros, batch)
+            counts.update(_numbers({name: count for name, (_, count) in terms.items()}))
+        return counts
 
     def _agreed(self, elapsed: float) -> float:
         """The first process's clock, where it decides when the run ends."""
