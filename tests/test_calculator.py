@@ -1,5 +1,8 @@
 """A model in ASE: the same numbers, honest refusals, and dynamics that conserve energy."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from ase import units
@@ -34,6 +37,21 @@ def test_a_file_is_a_model(atoms, tmp_path):
     energy = atoms.get_potential_energy()
     atoms.calc = tm.Calculator(tmp_path / "model.safetensors")
     assert atoms.get_potential_energy() == energy
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_a_copy_says_the_same(atoms, copied, used):
+    if used:
+        atoms.get_stress()
+    expected = atoms.copy()
+    expected.calc, atoms.calc = atoms.calc, copied(atoms.calc)
+    for shift in (0.0, 0.01, 0.5):
+        for one in (atoms, expected):
+            one.positions[0, 0] += shift
+        assert atoms.get_potential_energy() == pytest.approx(expected.get_potential_energy(), rel=1e-6)
+        assert atoms.get_forces() == pytest.approx(expected.get_forces(), abs=1e-6)
+    assert copy.deepcopy(atoms).get_potential_energy() == atoms.get_potential_energy()
 
 
 def test_results_follow_the_atoms(atoms):

@@ -119,6 +119,15 @@ class TestSums:
         distributed.barrier()
         assert weights[0].grad is None and distributed.own([1, 2]) == [1, 2]
 
+    def test_what_the_first_refuses_all_refuse(self, tmp_path):
+        run_together(2, "ask_the_first", tmp_path)
+        told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+        assert told[0] == told[1] == [7, "folder 1 is taken", 7, "folder 3 is taken"]
+
+    def test_each_process_has_a_gpu_of_its_own_from_the_start(self, tmp_path):
+        run_together(2, "join_with_gpus", tmp_path)
+        assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["cuda:0", "cuda:1"]
+
     def test_names_that_only_some_have_are_added_up(self, tmp_path):
         run_together(3, "add_up", tmp_path)
         results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
@@ -130,6 +139,74 @@ def add_up(folder: str) -> None:
     rank = distributed.rank()
     sums = [distributed.sum_counts(own) for own in ({"a": 1.0, f"r{rank}": float(rank)}, {"a": 1.0}, {})]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(sums))
+
+
+def ask_the_first(folder: str) -> None:
+    """Ask four times, of which every second one is refused, and go on."""
+
+    def make(number: int) -> int:
+        if number % 2:
+            raise tm.InputError(f"folder {number} is taken")
+        return 7
+
+    distributed.join()
+    told: list[Any] = []
+    for number in range(4):
+        try:
+            told.append(distributed.from_first(lambda number=number: make(number)))
+        except tm.InputError as error:
+            told.append(str(error))
+    (Path(folder) / f"{distributed.rank()}.json").write_text(json.dumps(told))
+
+
+def join_with_gpus(folder: str) -> None:
+    chosen: list[Any] = []
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.set_device = chosen.append
+    torch.distributed.is_nccl_available = lambda: False
+    distributed.join()
+    (Path(folder) / str(distributed.rank())).write_text(" ".join(map(str, chosen)))
+
+
+class TestMemory:
+    def test_the_room_of_each_process_is_remembered(self, tmp_path):
+        """One of two runs out of memory; stopped and started again, the run is bit for bit the same."""
+        run_together(2, "train_in_little_memory", tmp_path, tmp_path / "whole", 0)
+        for stop in (4, 0):
+            run_together(2, "train_in_little_memory", tmp_path, tmp_path / "stopped", stop)
+        found, expected = (read_tensors(tmp_path / name / "state.safetensors") for name in ("stopped", "whole"))
+        assert same_bits(found[0], expected[0])
+        numbers = json.loads(found[1]["numbers"])
+        (room,) = numbers["rooms"].items()
+        assert room[0].endswith("1") and room[1] < 400
+        assert (tmp_path / "refused").read_text() == "1"  # the second time it was known
+
+
+def train_in_little_memory(folder: str, out: str, stop: str) -> None:
+    distributed.join()
+    loss, refused = tm.Potential.loss, []
+
+    def limited(self, outputs, batch):
+        if distributed.rank() == 1 and batch.graph.n_edges > 250:
+            refused.append(batch.graph.n_edges)
+            raise MemoryError
+        return loss(self, outputs, batch)
+
+    tm.Potential.loss = limited  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    objective = tm.Potential(1.0, 1.0, 1.0)
+    config = TrainConfig(steps=8, edges=400, device="cpu")
+    found = ready(alloys(12))
+    Path(out).mkdir(exist_ok=True)
+    for progress in train(
+        tm.Model(painn(), objective.outputs(8)), objective, found, config, out=Path(out), save_every=0
+    ):
+        if progress.step == int(stop):
+            break
+    if distributed.rank() == 1:
+        with open(Path(folder) / "refused", "a") as file:
+            file.write("1" if refused and Path(out).name == "stopped" else "")
 
 
 class TestPlace:
@@ -170,7 +247,7 @@ class TestShares:
         counts = count_edges(found, painn().edges)
         budget = 2000
         streams = [
-            training_batches(Batches(found, tm.Denoise(), painn().edges, 0), counts, budget, 0, 0, Share(rank, 3))
+            training_batches(Batches(found, tm.Denoise(), painn().edges, 0), counts, budget, share=Share(rank, 3))
             for rank in range(3)
         ]
         seen: list[int] = []
@@ -195,7 +272,7 @@ class TestShares:
         watched = Watched(packed.path, packed.header, packed.rows)
         counts = count_edges(packed, painn().edges)
         batches = Batches(watched, tm.Denoise(), painn().edges, 0)
-        stream = training_batches(batches, counts, 400, 0, 0, Share(1, 3))
+        stream = training_batches(batches, counts, 400, share=Share(1, 3))
         dealt = [next(stream)[1] for _ in range(3)]
         assert set(read) == {int(i) for members in dealt for i in members}
 
@@ -239,7 +316,8 @@ class TestCommand:
             result = subprocess.run(
                 [sys.executable, "-m", "transfermium", *command(data, untouched)], capture_output=True, text=True
             )
-            assert result.returncode == 2 and "batches per step was 2 there and is" in result.stderr
+            assert result.returncode == 2 and "batches per step was 2 there and is 1 now" in result.stderr
+            assert "choose --accumulate times the number of processes to keep it" in result.stderr
         finally:
             (tmp_path / "model.safetensors").rename(untouched / "model.safetensors")
 

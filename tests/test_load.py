@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 import transfermium as tm
 from tests.alloys import alloys
-from transfermium.data.load import TRAINING, VALIDATION, Batches, count_edges, plan, rng_of, training_batches
+from transfermium.data import load
+from transfermium.data.load import (
+    TRAINING,
+    VALIDATION,
+    Batches,
+    Share,
+    count_edges,
+    dealing,
+    plan,
+    rng_of,
+    training_batches,
+)
 from transfermium.graph import Batch, Cutoff
 
 CUTOFF = Cutoff(4.0)
@@ -75,9 +86,9 @@ def test_an_epoch_has_each_structure_once_and_its_own_order(budget):
 def test_batches_stay_within_the_budget():
     structures = alloys(10)
     counts = count_edges(structures, CUTOFF)
-    for _, members, batch in islice(stream(structures, 400), 20):
-        assert counts[members].sum() <= 400 or len(members) == 1
-        assert batch.graph.n_systems == len(members)
+    for dealt in islice(stream(structures, 400), 20):
+        assert counts[dealt.members].sum() <= 400 or len(dealt.members) == 1
+        assert dealt.batch.graph.n_systems == len(dealt.members)
 
 
 def test_the_same_address_is_always_the_same_batch():
@@ -97,14 +108,35 @@ def test_noise_does_not_depend_on_the_company():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_skipping_batches_gives_the_rest_of_the_stream(workers):
+def test_a_stream_can_begin_after_any_step(workers):
     structures = alloys(7)
-    whole = list(islice(stream(structures, 300), 9))
-    rest = list(islice(stream(structures, 300, skip=4, workers=workers), 5))
+    whole = list(islice(stream(structures, 300), 12))
+    assert {0, 1, 2} <= {dealt.epoch for dealt in whole}
+    for done in range(1, 8):
+        rest = list(islice(stream(structures, 300, start=whole[done - 1].after, workers=workers), 5))
+        for expected, found in zip(whole[done : done + 5], rest, strict=True):
+            assert (expected.epoch, expected.after) == (found.epoch, found.after)
+            assert expected.members.tolist() == found.members.tolist()
+            assert same(expected.batch, found.batch)
 
-    for (epoch, members, batch), (epoch_, members_, batch_) in zip(whole[4:], rest, strict=True):
-        assert epoch == epoch_ and members.tolist() == members_.tolist()
-        assert same(batch, batch_)
+
+def test_every_process_begins_after_the_same_step():
+    counts = count_edges(alloys(9), CUTOFF)
+    shares = [Share(rank, 2, 3) for rank in range(2)]
+    whole = [list(islice(dealing(counts, 150, 0, share=share), 30)) for share in shares]
+    assert [after for _, _, after in whole[0]] == [after for _, _, after in whole[1]]
+    for share, expected in zip(shares, whole, strict=True):
+        rest = list(islice(dealing(counts, 150, 0, expected[11][2], share), 18))
+        assert str(rest) == str(expected[12:])
+
+
+def test_each_step_is_dealt_once_and_no_earlier_one(monkeypatch):
+    """A run that goes on at step 10⁶ need not wait for all of them to be dealt again."""
+    dealt = []
+    deal = load.deal
+    monkeypatch.setattr(load, "deal", lambda *arguments: dealt.append(1) or deal(*arguments))
+    list(islice(stream(alloys(4), 300, start=(10**6, 3)), 5))
+    assert 5 <= len(dealt) <= 7  # a loader may be one or two ahead
 
 
 def test_structures_are_not_changed_by_noise():
@@ -118,17 +150,17 @@ def noisy(structures, seed=0):
     return Batches(structures, tm.Denoise(0.1), CUTOFF, seed)
 
 
-def stream(structures, budget, skip=0, workers=0):
-    return training_batches(noisy(structures), count_edges(structures, CUTOFF), budget, skip, workers)
+def stream(structures, budget, start=(0, 0), workers=0):
+    return training_batches(noisy(structures), count_edges(structures, CUTOFF), budget, start, workers)
 
 
 def epochs(batches, n):
     """Members of the first n epochs."""
     found: list[list[int]] = [[] for _ in range(n)]
-    for epoch, members, _ in batches:
-        if epoch == n:
+    for dealt in batches:
+        if dealt.epoch == n:
             return found
-        found[epoch].extend(members.tolist())
+        found[dealt.epoch].extend(dealt.members.tolist())
 
 
 def same(a: Batch, b: Batch) -> bool:

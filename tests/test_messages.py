@@ -1,15 +1,20 @@
 """Kernels against plain torch, formulas against automatic differentiation."""
 
 import contextlib
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import transfermium as tm
 from transfermium.graph import Cutoff, to_graph
@@ -18,6 +23,7 @@ from transfermium.messages import (
     EdgeFormula,
     Neighborhood,
     expression,
+    fixed_weights,
     head_total,
     kernels,
     reference,
@@ -170,7 +176,7 @@ class TestKernelsAgainstTheReference:
                 rows.append(torch.autograd.grad(slope[0, 0], positions)[0])
         torch.testing.assert_close(rows[0], rows[1], rtol=2e-3, atol=2e-3 * float(rows[1].abs().max()))
 
-    @pytest.mark.parametrize("change", ["in place", "data", "state"])
+    @pytest.mark.parametrize("change", ["in place", "data", "in place of data", "state"])
     def test_predictions_follow_changes_of_weights(self, backbone, change, alloy):
         model = _model(backbone).eval()
         graph = to_graph([alloy], backbone.edges)
@@ -181,6 +187,8 @@ class TestKernelsAgainstTheReference:
                     p.mul_(1.1)
                 elif change == "data":
                     p.data = p.data * 1.1
+                elif change == "in place of data":
+                    p.data.mul_(1.1)
         if change == "state":
             model.load_state_dict({name: t * 1.1 for name, t in model.state_dict().items()})
         after = model(graph, ["energy"])["energy"]
@@ -188,6 +196,65 @@ class TestKernelsAgainstTheReference:
             expected = model(graph, ["energy"])["energy"]
         torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
         assert (after - before).abs() > 10 * (after - expected).abs()
+
+    def test_nothing_is_left_over_from_inference_mode(self, backbone, alloy):
+        model = _model(backbone).eval()
+        graph = to_graph([rattled(alloy, 1)], backbone.edges).to("cpu", torch.float32)
+        with torch.inference_mode():
+            model(graph, ["energy"])
+        outputs = model(graph, ["energy", "forces"])
+        with reference():
+            expected = model(graph, ["energy", "forces"])
+        for name, value in outputs.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+        model.train()(graph, ["energy"])["energy"].sum().backward()
+
+    def test_copies_and_pickles_predict_the_same(self, backbone, alloy):
+        model = _model(backbone).eval()
+        graph = to_graph([alloy], backbone.edges)
+        expected = model(graph, ["energy"])["energy"]
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(graph, ["energy"])["energy"], expected)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_autocast_uses_the_reference_and_leaves_nothing(self, backbone, training, alloy):
+        model = _model(backbone).train(training)
+        graph = to_graph([rattled(alloy, 1)], backbone.edges)
+        expected = model(graph, ["energy", "forces"])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(graph, ["energy", "forces"])
+            with reference():
+                plain = model(graph, ["energy", "forces"])
+        again = model(graph, ["energy", "forces"])
+        for name, value in expected.items():
+            assert torch.equal(again[name], value)
+            assert torch.equal(found[name], plain[name])
+
+    def test_forward_derivatives_use_the_reference(self, backbone, molecule):
+        model = _model(backbone).eval()
+        graph = to_graph([molecule], backbone.edges).to("cpu", torch.float32)
+        forces = model(graph, ["forces"])["forces"]
+        direction = torch.randn(forces.shape, generator=torch.Generator().manual_seed(0))
+
+        def energy(positions):
+            return model(graph._replace(positions=positions), ["energy"])["energy"].sum()
+
+        _, slope = torch.func.jvp(energy, (graph.positions,), (direction,))
+        with forward_ad.dual_level():
+            dual = energy(forward_ad.make_dual(graph.positions, direction))
+            other = forward_ad.unpack_dual(dual).tangent
+        expected = -(forces * direction).sum().to(slope.dtype)
+        torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(other, expected, rtol=1e-3, atol=1e-3)
+
+    def test_every_input_may_be_thought_to_need_a_gradient(self, backbone, alloy, monkeypatch):
+        """As with a torch that does not tell which gradients a backward pass will use."""
+        model = _model(backbone)
+        atoms = rattled(alloy, 1)
+        expected = _everything(model, [atoms])
+        monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+        for name, value in _everything(model, [atoms]).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()))
 
     def test_edges_beyond_the_cutoff_have_no_effect(self, backbone, alloy):
         model = _model(backbone).eval()
@@ -233,6 +300,11 @@ class TestFormulas:
         for kernel, exact in zip(results["kernel"], results["exact"], strict=True):
             assert (kernel - exact).norm() < 3e-5 * exact.norm()
 
+    def test_traces_show_single_operations(self):
+        formula = AtomFormula(lambda x: [x[0] * x[0]], inputs=(1,), outputs=(1,))
+        traced = make_fx(lambda x: formula(x)[0])(torch.zeros(3, 1, 8))
+        assert torch.equal(traced(torch.full((3, 1, 8), 3.0)), torch.full((3, 1, 8), 9.0))
+
     def test_outputs_that_are_not_used_need_no_gradient(self):
         formula = AtomFormula(lambda x: [x[0] * x[1], x[1] * x[1]], inputs=(2,), outputs=(1, 1))
         x = torch.randn(7, 2, 9, requires_grad=True)
@@ -249,17 +321,101 @@ class TestFormulas:
         gc.collect()
         assert kept() is None
 
-    def test_forked_processes_have_threads_of_their_own(self, threads, monkeypatch):
-        threads(2)
-        monkeypatch.setattr(kernels, "WORTH_A_THREAD", 1)
-        monkeypatch.setattr(kernels, "_team", lambda: None)
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    @pytest.mark.parametrize("by", ["OpenMP", "a pool"])
+    def test_forked_processes_have_threads_of_their_own(self, by):
+        code = f"""
+import os, torch
+from transfermium.messages import AtomFormula, kernels
+torch.set_num_threads(2)
+kernels.WORTH_A_THREAD = 1
+if "{by}" == "a pool":
+    kernels._team = lambda: None
+formula = AtomFormula(lambda x: [x[0] * 2.0], inputs=(1,), outputs=(1,))
+x = torch.ones(64, 1, 8)
+formula(x)
+child = os.fork()
+if not child:
+    os._exit(0 if formula(x)[0].tolist() == [[[2.0] * 8]] * 64 else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+        assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+    def test_one_layer_may_have_several_bases_and_tables(self, alloy):
+        """What is kept for one of them must not be given to another."""
+
+        class Layer(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(6, 8)
+
+            def one(self, at):
+                return self.linear(at.basis) * at.envelope
+
+            def other(self, at):
+                return -2 * self.linear(at.basis) * at.envelope
+
+        torch.manual_seed(0)
+        layer, cutoff, x = Layer(), Cutoff(4.0), torch.ones(len(alloy), 1, 8)
+        graph = to_graph([alloy], cutoff).to("cpu", torch.float32)
+        formula = EdgeFormula(lambda s, r, f, d, x: [s[0] * f[0]], outputs=(1,), filters=1, senders=(1,))
+        bases = [Bessel(6, 4.0), Bessel(6, 3.0)]
+        for _ in range(2):
+            for basis in bases:
+                for filters in (layer.one, layer.other):
+                    with fixed_weights():
+                        (found,) = Neighborhood(graph, cutoff, basis).sum(formula, filters, [x])
+                    with reference():
+                        (expected,) = Neighborhood(graph, cutoff, basis).sum(formula, filters, [x])
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    def test_indices_of_32_bits_do(self, alloy):
+        model = _model(BACKBONES[1]).eval()
+        graph = to_graph([alloy], BACKBONES[1].edges)
+        short = graph._replace(senders=graph.senders.int(), receivers=graph.receivers.int())
+        assert torch.equal(model(short, ["energy"])["energy"], model(graph, ["energy"])["energy"])
+
+    def test_other_precisions_use_the_reference(self, alloy):
+        formula = EdgeFormula(lambda s, r, f, d, x: [s[0] * f[0]], outputs=(1,), filters=1, senders=(1,))
+        cutoff, x = Cutoff(4.0), torch.ones(len(alloy), 1, 3, dtype=torch.float64)
+        edges = Neighborhood(to_graph([alloy], cutoff).to("cpu", torch.float32), cutoff, Bessel(6, 4.0))
+
+        def filters(at):
+            return at.envelope.expand(-1, 3)
+
+        (mixed,) = edges.sum(formula, filters, [x])
+        (single,) = edges.sum(formula, filters, [x.float()])
+        assert mixed.dtype == torch.float64
+        torch.testing.assert_close(mixed.float(), single)
+        with pytest.raises(TypeError, match=r"'senders0' is torch.float64 on cpu, but must be float32 on the CPU"):
+            table = spline.coefficients(filters(edges.samples).unsqueeze(1))
+            formula.kernels.value(3, edges.grid)(edges, [edges.vectors, table, x], len(alloy))
+
+    def test_components_are_counted(self):
+        formula = AtomFormula(lambda x: [x[0], x[0]], inputs=(1,), outputs=(1,))
+        for context in (contextlib.nullcontext(), reference()):
+            with context, pytest.raises(ValueError, match="a formula gave 2 components, but its outputs have 1"):
+                formula(torch.zeros(3, 1, 8))
+
+    def test_a_llvmlite_that_fails_is_told_of_and_not_used(self, monkeypatch):
+        def broken(*arguments):
+            raise RuntimeError("LLVM IR parsing error")
+
+        monkeypatch.setattr(kernels, "_compiled", broken)
+        kernels.available.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match=r"cannot compile here \(RuntimeError: LLVM IR parsing error\)"):
+                assert not kernels.available()
+        finally:
+            monkeypatch.undo()
+            kernels.available.cache_clear()
+
+    def test_threads_may_be_first_at_the_same_time(self):
         formula = AtomFormula(lambda x: [x[0] * 2.0], inputs=(1,), outputs=(1,))
-        x = torch.ones(64, 1, 8)
-        formula(x)
-        child = os.fork()
-        if not child:
-            os._exit(0 if float(formula(x)[0].sum()) == 1024 else 1)
-        assert os.waitpid(child, 0)[1] == 0
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda _: formula(torch.ones(3, 1, 8))[0], range(8)))
+        assert all(result.tolist() == [[[2.0] * 8]] * 3 for result in results)
+        assert len(formula.kernels.compiled) == 1
 
     def test_shapes_are_checked(self):
         formula = AtomFormula(lambda x: [x[0] + x[1]], inputs=(1, 1), outputs=(1,))

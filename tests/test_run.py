@@ -50,6 +50,47 @@ def test_another_configuration_is_refused_with_the_name_of_the_difference(tmp_pa
         claim(tmp_path / "run", {name: value for name, value in CONFIG.items() if name != "steps"})
 
 
+LABELS = {"labels": [{"quantity": "energy", "count": 6, "rms": 0.1 + 0.2, "minimum": 0.0, "maximum": 1.0}]}
+
+
+def test_statistics_of_labels_may_be_rounded_otherwise(tmp_path):
+    (claim(tmp_path / "run", {**CONFIG, "labels": LABELS}) / "state.safetensors").touch()
+    rounded = {**LABELS["labels"][0], "rms": 0.3, "minimum": -1e-17, "maximum": 1.0 + 1e-16}
+    assert claim(tmp_path / "run", {**CONFIG, "labels": {"labels": [rounded]}})
+    with pytest.raises(
+        tm.InputError, match=r"another run: labels\.labels\[0\]\.count was 6 there and is 5 now; choose"
+    ):
+        claim(tmp_path / "run", {**CONFIG, "labels": {"labels": [{**rounded, "count": 5}]}})
+    with pytest.raises(tm.InputError, match=r"labels\.labels was \[.* there and is \[\] now"):
+        claim(tmp_path / "run", {**CONFIG, "labels": {"labels": []}})
+
+
+def test_arguments_that_are_called_like_statistics_count(tmp_path):
+    (claim(tmp_path / "run", {**CONFIG, "objective": {"maximum": 1.0}}) / "state.safetensors").touch()
+    with pytest.raises(tm.InputError, match=r"objective\.maximum was 1\.0 there and is 2\.0 now"):
+        claim(tmp_path / "run", {**CONFIG, "objective": {"maximum": 2.0}})
+
+
+def test_steps_keep_their_number_of_batches(tmp_path):
+    (claim(tmp_path / "run", {**CONFIG, "train": {"lr": 0.1}}) / "state.safetensors").touch()  # of an earlier version
+    assert claim(tmp_path / "run", {**CONFIG, "train": {"lr": 0.1, "batches per step": 1}})
+    with pytest.raises(
+        tm.InputError, match=r"was 1 there and is 4 now; choose --accumulate .* or choose another folder"
+    ):
+        claim(tmp_path / "run", {**CONFIG, "train": {"lr": 0.1, "batches per step": 4}})
+
+
+def test_a_folder_that_is_only_asked_for_stays_as_it_is(tmp_path):
+    assert claim(tmp_path / "run", CONFIG, read_only=True) == tmp_path / "run"
+    assert not list(tmp_path.iterdir())
+    claim(tmp_path / "run", CONFIG)
+    claim(tmp_path / "run", {**CONFIG, "steps": 4}, read_only=True)
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 3
+    (tmp_path / "run/state.safetensors").touch()
+    with pytest.raises(tm.InputError, match="steps was 3 there and is 4 now"):
+        claim(tmp_path / "run", {**CONFIG, "steps": 4}, read_only=True)
+
+
 def test_a_run_that_saved_nothing_holds_no_folder(tmp_path):
     claim(tmp_path / "run", CONFIG)
     claim(tmp_path / "run", {**CONFIG, "steps": 4})

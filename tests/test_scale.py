@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
-from tests.alloys import QUICK, alloys, painn
+from tests.alloys import QUICK, alloys, painn, same_bits, weights_of
 from transfermium.data import Joined, PackedSet, Split, Subset, by_key, found_split_keys, isolated_atoms, resolve, split
 from transfermium.data import columns as columns_module
 from transfermium.data.columns import blocks, codes, count_elements, elements, has, info_names
@@ -82,6 +84,20 @@ def test_columns_are_what_the_structures_say(views, unbuilt):
     assert [len(block) for block in blocks(memory)] and sum(len(block) for block in blocks(disk)) == len(memory)
 
 
+def test_nan_is_no_label(tmp_path):
+    """All NaN is none, whether structures are in memory or in columns; some NaN is a label with holes."""
+    some = alloys(5)
+    for atoms, gap in zip(some, (1.0, np.nan, None, 2.0, np.nan), strict=True):
+        atoms.info["gap"] = gap
+        atoms.arrays["charge"] = np.full(4, np.nan if gap is None else 1.0)
+    some[4].arrays["charge"][1:] = np.nan
+    del some[2].info["gap"]
+    for view in (some, tm.pack(some, tmp_path / "packed", progress=False)):
+        assert has(view, {("info", "gap")}).tolist() == [True, False, False, True, False]
+        assert has(view, {("arrays", "charge")}).tolist() == [True, True, False, True, True]
+        assert [entry.count for entry in resolve(view, ["gap", "charge"]).entries] == [2, 4]
+
+
 @pytest.mark.parametrize("unit", [{}, {"energy": "kJ/mol", "stress": "-kbar"}, {"energy": "hartree/atom"}], ids=str)
 def test_labels_are_those_of_the_structures(views, unbuilt, unit):
     memory, disk = (
@@ -143,6 +159,18 @@ def test_a_packed_set_trains_as_its_structures_do(structures, packed):
     history = [model.card["history"][-1] for model in models]
     assert history[0]["best validation loss"] == pytest.approx(history[1]["best validation loss"], rel=1e-6)
     assert models[0].card["elements"] == models[1].card["elements"]
+
+
+def test_a_run_may_go_on_from_a_packed_set(structures, packed, tmp_path, monkeypatch):
+    options = {"steps": 3, "out": tmp_path / "run", **QUICK}
+    model = tm.pretrain(structures, tm.Potential(), painn(), **options)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    entry = config["labels"]["labels"][0]
+    entry["rms"] *= 1 + 1e-9  # as another order of additions would have it
+    entry["minimum"] -= 1e-12
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    again = tm.pretrain(packed, tm.Potential(), painn(), **options)
+    assert same_bits(weights_of(again), weights_of(model))
 
 
 def same(a: Split, b: Split) -> bool:

@@ -23,7 +23,7 @@ from tests.alloys import painn, ready, same_bits, weights_of, without
 from transfermium import cli
 from transfermium.data import Labelled
 from transfermium.data.load import VALIDATION, Batches, count_edges, plan
-from transfermium.model import read_tensors
+from transfermium.model import read_tensors, write_tensors
 from transfermium.train import TrainConfig, evaluate_loss, parse_time, read_metrics, train
 
 STEPS = 14
@@ -152,6 +152,20 @@ class TestInterrupted:
 
         assert same_bits(weights_of(model), weights_of(finished(structures, config)))
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+    def test_states_of_earlier_versions_go_on_too(self, tmp_path):
+        """They do not say where the next step begins, nor how much memory had room for."""
+        structures, config = alloys(8), quick(steps=10)
+        for progress in train(new_model(), OBJECTIVE, structures, config, out=tmp_path, save_every=0):
+            if progress.step == 7:
+                break
+        tensors, metadata = read_tensors(tmp_path / "state.safetensors")
+        numbers = json.loads(metadata["numbers"])
+        assert numbers.pop("place")[0] > 0 and numbers.pop("rooms") == {}
+        write_tensors(tmp_path / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
+
+        list(train(model := new_model(), OBJECTIVE, structures, config, out=tmp_path))
+        assert same_bits(weights_of(model), weights_of(finished(structures, config)))
 
     def test_a_line_that_was_cut_off_is_written_again(self, tmp_path):
         structures = alloys(8)

@@ -106,7 +106,7 @@ def worker(rank: int, steps: int) -> dict[str, Any]:
 
     def counted(self: Any, batches: Any, *rest: Any) -> Any:
         nonlocal count
-        count += sum(batch.graph.n_systems for batch in batches)
+        count += sum(len(piece.members) for piece in batches)
         return members(self, batches, *rest)
 
     sys.modules["transfermium.train"]._Run._optimise = counted  # type: ignore[attr-defined]

@@ -56,6 +56,13 @@ class Calculator(AseCalculator):
         self.checked: set[int] = set()
         self.usual = {"forces"} & set(self.model.outputs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "search"}  # it is of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.search = self.edges.search(self.skin)
+
     def calculate(
         self,
         atoms: ase.Atoms | None = None,

@@ -69,6 +69,7 @@ def pretrain(arguments: Arguments) -> None:
     """Train a new model on any objective."""
     from .transfer import pretrain as run
 
+    _check_out("pretrain", arguments)
     arguments["backbone"] = arguments["backbone"] or TensorNet()
     _show_configuration("pretrain", arguments)
     run(arguments.pop("data"), **_with_pairs(arguments))
@@ -79,6 +80,7 @@ def finetune(arguments: Arguments) -> None:
     """Train a copy of a model on new labels."""
     from .transfer import finetune as run
 
+    _check_out("finetune", arguments)
     _show_configuration("finetune", arguments)
     run(arguments.pop("base"), arguments.pop("data"), **_with_pairs(arguments))
     _report(arguments)
@@ -235,7 +237,7 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
     else:
         help = "the architecture, TensorNet by default"
         parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
-    parser.add_argument("--out", type=str, required=True, help="run folder; the same command resumes")
+    parser.add_argument("--out", type=str, default=None, help="run folder; the same command resumes")
     parser.add_argument("--valid", nargs="+", type=str, default=None, help="structures that choose the checkpoint")
     parser.add_argument("--valid-fraction", type=float, default=0.1, help="or this fraction of the data")
     parser.add_argument(
@@ -245,7 +247,7 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
         "--split-key", type=str, default=None, help="KEY with train, val and test, or KEY=VALUE of the test set"
     )
     _label_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="only say what the run would take, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only say what a run would take, and write nothing")
     parser.add_class_arguments(TrainConfig, None)
     return parser
 
@@ -324,6 +326,11 @@ def _with_pairs(arguments: Arguments) -> Arguments:
                 )
         arguments[option] = {name: value for name, _, value in pairs}
     return arguments
+
+
+def _check_out(verb: str, arguments: Arguments) -> None:
+    if arguments["out"] is None and not arguments["dry_run"]:
+        raise InputError(f"{verb} needs --out, or --dry-run")
 
 
 def _report(arguments: Arguments) -> None:

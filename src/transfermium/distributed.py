@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,8 @@ def join() -> None:
     with _talking():
         dist.init_process_group(backend, timeout=patience)
         _state.start(here)
+    if torch.cuda.is_available():  # or each process would hold memory on the first GPU too
+        torch.cuda.set_device(own_device())
 
 
 def stay_alone() -> None:
@@ -135,13 +137,26 @@ def barrier() -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives to the first process, for all of them; it is called in no other."""
+    """What `make` gives to the first process, for all of them; it is called in no other.
+
+    An `InputError` that it raises is raised in all, so that they stay together where somebody catches it.
+    """
     if size() == 1:
         return make()
-    made = [make() if rank() == 0 else None]
+    made: list[Any] = [None, None]  # what it gave, and what it raised
+    if rank() == 0:
+        try:
+            made[0] = make()
+        except Lost:
+            raise
+        except InputError as refused:
+            made[1] = refused
     with _talking():
         dist.broadcast_object_list(made, device=torch.device("cpu"))
-    return made[0]  # type: ignore[return-value]
+    found, error = made
+    if error is not None:
+        raise error
+    return found
 
 
 def gathered(mine: T) -> list[T]:

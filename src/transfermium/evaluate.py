@@ -25,7 +25,7 @@ from .errors import InputError
 from .graph import to_batch, to_graph
 from .model import Model, load, rebuilt, write_whole
 from .objectives import Objective, Property
-from .train import chosen_device
+from .train import chosen_device, in_parts
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ def compared(
         return pairs
 
     together: Pairs = {}
-    for pairs in _shared(_parts(model, labelled, edges), work, "evaluating", quiet):
+    for pairs in _shared(_parts(model, labelled, edges), work, labelled, "evaluating", quiet):
         for name, rows in pairs.items():
             together.setdefault(name, []).extend(rows)
     return together
@@ -162,7 +162,7 @@ def predict(
         return {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
 
     predicted: dict[int, ase.Atoms] = {}
-    for part in _shared(_parts(model, given, edges), work, "predicting", not verbose):
+    for part in _shared(_parts(model, given, edges), work, given, "predicting", not verbose):
         predicted |= part
     results = [predicted[index] for index in range(len(given))]
     if out is not None and distributed.rank() == 0:
@@ -240,11 +240,14 @@ def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[l
     return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
 
 
-def _shared(parts: list[list[int]], work: Callable[[list[int]], T], title: str, quiet: bool) -> Iterator[T]:
+def _shared(
+    parts: list[list[int]], work: Callable[[list[int]], T], structures: Sequence[ase.Atoms], title: str, quiet: bool
+) -> Iterator[T]:
     """What `work` makes of each part, in order; processes share the parts, and each gets all results."""
-    mine = [work(members) for members in track(distributed.own(parts), title, quiet=quiet)]
+    own = track(distributed.own(parts), title, quiet=quiet)
+    mine = [list(in_parts(work, members, structures)) for members in own]
     everyones = distributed.gathered(mine)
-    return (everyones[k % len(everyones)][k // len(everyones)] for k in range(len(parts)))
+    return (found for k in range(len(parts)) for found in everyones[k % len(everyones)][k // len(everyones)])
 
 
 def stored_as(model: Model, name: str) -> str:

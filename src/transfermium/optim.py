@@ -46,7 +46,8 @@ class AdamW:
         for p, state in zip(weights, states, strict=True):
             state["step"] = int(state.get("step", 0)) + 1
             for mean in ("exp_avg", "exp_avg_sq"):
-                state.setdefault(mean, torch.zeros_like(p))
+                if mean not in state:
+                    state[mean] = torch.zeros_like(p)
         first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
 
         torch._foreach_mul_(weights, 1 - lr * self.weight_decay)

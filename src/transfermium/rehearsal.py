@@ -1,4 +1,4 @@
-"""What a training run would take: its size is counted, its time and memory are measured on two steps."""
+"""What a training run would take: its size is counted, its time and memory are measured on a few steps."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ase
 import numpy as np
 import torch
 
 from . import distributed
-from .data.load import Share, plan, training_batches
+from .data.load import Dealt, plan, training_batches
+from .graph import Batch
 from .model import Model
 from .objectives import Objective
-from .train import TrainConfig, _Run, device_of, evaluate_loss
+from .train import TrainConfig, _Run, device_of, done_in, evaluate_loss
+
+TIMED = 3  # steps, of which the median counts
+TRIES = 100  # batches and steps that are looked at for labels, which may be rare
 
 
 class Cost(NamedTuple):
@@ -32,8 +38,9 @@ class Cost(NamedTuple):
     steps_per_epoch: float
     validation_seconds: float
     memory: int  # bytes at most: of this process, or of the GPU
-    steps: float
-    minutes: float  # of the whole run
+    done: int  # steps that the run folder holds already
+    steps: float  # that are left
+    minutes: float  # that they take
 
     def rows(self) -> list[dict[str, str]]:
         """Rows of a table for people."""
@@ -46,8 +53,9 @@ class Cost(NamedTuple):
             "an epoch": f"{self.steps_per_epoch:,.0f} steps, {_duration(self.steps_per_epoch * self.step_seconds)}",
             "a validation": _duration(self.validation_seconds),
             "memory": f"{self.memory / 1e9:.2g} GB at most",
-            "the run": f"{self.steps:,.0f} steps ({self.steps / self.steps_per_epoch:.3g} epochs), "
-            f"{_duration(60 * self.minutes)}",
+            f"the {'rest' if self.done else 'run'}": f"{self.steps:,.0f} steps "
+            f"({self.steps / self.steps_per_epoch:.3g} epochs), {_duration(60 * self.minutes)}"
+            f"{f'; {self.done:,} steps are done' if self.done else ''}",
         }
         return [{"dry run": name, "": text} for name, text in lines.items()]
 
@@ -57,33 +65,29 @@ def rehearse(
     objective: Objective,
     structures: Sequence[ase.Atoms],
     config: TrainConfig,
+    *,
     valid: Sequence[ase.Atoms] = (),
+    out: Path | None = None,
     counting: Callable[[int], None] = lambda done: None,
 ) -> Cost:
-    """Count and measure what `train` with the same arguments would take; weights stay as they are.
+    """Count and measure what `train` with the same arguments would take; weights and files stay as they are.
 
-    The batch with most edges comes first, untimed: it needs the most memory, and whatever is compiled is compiled then.
+    The labelled batch with most edges comes first, untimed: it needs the most memory, and whatever is compiled is
+    compiled then. Steps without any label are not timed, for they learn nothing.
     """
     distributed.join()
     run = _Run(model, objective, structures, config, valid, None, counting)  # learning rates are zero until it is told
     batches = plan(run.counts, config.edges, np.arange(len(structures)))
-    largest = max(batches, key=lambda members: run.counts[members].sum())
-    run._optimise([run.batches[0, largest]], [(0, largest)])
+    by_size = sorted(batches, key=lambda members: int(run.counts[members].sum()), reverse=True)
+    largest = next((members for members in by_size[:TRIES] if _is_labelled(run.batches[0, members])), by_size[0])
+    run._optimise([Dealt(0, largest, run.batches[0, largest], (0, 0))])
 
-    share = Share(distributed.rank(), distributed.size(), config.accumulate)
-    stream = training_batches(run.batches, run.counts, config.edges, 0, 0, share)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        found = [next(stream) for _ in range(config.accumulate)]
-        run._optimise([b for _, _, b in found if b], [(epoch, members) for epoch, members, _ in found if len(members)])
-        seconds.append(time.perf_counter() - start)
+    step = _step_seconds(run)
     model.eval()
-
-    step = sum(seconds) / len(seconds)
     validation = _validation_seconds(run)
     with_validation = step + (validation / run.validate_every if run.valid_members else 0.0)
-    steps = config.n_steps if config.seconds is None else min(config.n_steps, config.seconds / with_validation)
+    done = distributed.from_first(lambda: {} if out is None else done_in(out))
+    steps = _steps_left(config, with_validation, done)
     return Cost(
         structures=len(structures),
         validation_structures=len(valid),
@@ -95,9 +99,36 @@ def rehearse(
         steps_per_epoch=max(len(batches) / (distributed.size() * config.accumulate), 1.0),
         validation_seconds=validation,
         memory=_peak_memory(device_of(model)),
+        done=done.get("step", 0),
         steps=steps,
-        minutes=(steps * with_validation + validation) / 60,
+        minutes=(steps * with_validation + (0.0 if done else validation)) / 60,
     )
+
+
+def _step_seconds(run: _Run) -> float:
+    """Of a step with labels, typically."""
+    stream = training_batches(run.batches, run.counts, run.config.edges, share=run.share)
+    labelled: list[float] = []
+    others: list[float] = []
+    while len(labelled) < TIMED and len(labelled) + len(others) < TRIES:
+        start = time.perf_counter()
+        _, terms = run._optimise(list(islice(stream, run.config.accumulate)))
+        (labelled if terms else others).append(time.perf_counter() - start)
+    return float(np.median(labelled or others))
+
+
+def _is_labelled(batch: Batch) -> bool:
+    return any(bool(target.isfinite().any()) for target in batch.targets.values())
+
+
+def _steps_left(config: TrainConfig, seconds: float, done: dict[str, Any]) -> float:
+    """Of a run whose steps take so many seconds each, and of which a part may be done."""
+    if done.get("finished"):
+        return 0
+    steps = config.n_steps - done.get("step", 0)
+    if config.seconds is not None:
+        steps = min(steps, (config.seconds - done.get("elapsed", 0.0)) / seconds)
+    return max(steps, 0)
 
 
 def _validation_seconds(run: _Run) -> float:

@@ -15,12 +15,16 @@ from .errors import InputError
 from .model import write_whole
 
 WITHOUT_EFFECT = ("device", "workers", "accumulate")  # options that change where a run happens, not what it finds
+STATISTICS = ("rms", "minimum", "maximum")  # of labels, rounded otherwise where they are read as columns
+UNWRITTEN = {"batches per step": 1}  # what runs of earlier versions were, where they say nothing
+HINTS = {"batches per step": "choose --accumulate times the number of processes to keep it"}
 
 
-def claim(out: str | Path | None, config: Mapping[str, Any]) -> Path | None:
+def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = False) -> Path | None:
     """Make `out` the folder of this configuration, or raise `InputError` if it belongs to another one.
 
-    A run that has saved nothing yet, because its command failed, holds no folder.
+    A run that has saved nothing yet, because its command failed, holds no folder. With `read_only` it is only asked
+    whether the folder could be had, and nothing is written.
     """
     if out is None:
         return None
@@ -35,15 +39,19 @@ def claim(out: str | Path | None, config: Mapping[str, Any]) -> Path | None:
             found = json.loads(file.read_text())
         except ValueError:
             raise InputError(f"{file} is damaged: delete the folder or choose another one") from None
-        changed = [name for name, old, new in _differences(found, config) if old != new]
+        changed = [(name, old, new) for name, old, new in _differences(found, config) if old != new]
         if changed:
-            name, old, new = next(d for d in _differences(found, config) if d[1] != d[2])
+            name, old, new = changed[0]
+            hint = HINTS.get(name.rpartition(".")[2])
             raise InputError(
                 f"{out} holds another run: {name} was {_short(old)} there and is {_short(new)} now"
-                f"{f' (and {len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose another folder"
+                f"{f' (and {len(changed) - 1} more differ)' if len(changed) > 1 else ''}; "
+                f"{f'{hint}, or ' if hint else ''}choose another folder"
             )
     elif not file.exists() and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not a run of transfermium: choose another folder")
+    if read_only:
+        return out
     out.mkdir(parents=True, exist_ok=True)
     if not begun:
         write_json(file, config)
@@ -69,11 +77,16 @@ def fingerprint(structures: Sequence[ase.Atoms], most: int = 20_000) -> str:
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves of two nested mappings side by side, but for options without effect."""
+    """Leaves of two nested mappings and lists side by side, but for what may differ in the same run."""
     if isinstance(old, dict) and isinstance(new, dict):
+        ignored = WITHOUT_EFFECT + (STATISTICS if name.startswith("labels") else ())
         for key in dict.fromkeys([*old, *new]):
-            if key not in WITHOUT_EFFECT:
-                yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if key not in ignored:
+                before, now = (found.get(key, UNWRITTEN.get(key)) for found in (old, new))
+                yield from _differences(before, now, f"{name}.{key}" if name else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, now) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, now, f"{name}[{index}]")
     else:
         yield name, old, new
 

@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import ase
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor
 from . import distributed
 from .console import console
 from .data.labels import geometries
-from .data.load import VALIDATION, Batches, Share, ahead, count_edges, plan, training_batches
+from .data.load import VALIDATION, Batches, Dealt, Place, Share, ahead, count_edges, dealing, plan, training_batches
 from .data.sequences import Subset, original
 from .errors import InputError
 from .graph import Batch
@@ -31,7 +33,9 @@ from .objectives import Objective
 from .objectives.base import Loss
 from .optim import AdamW
 
-Address = tuple[int, np.ndarray]  # epoch and members of a batch
+T = TypeVar("T")
+
+ROOM = "edges at once of process "
 
 
 @dataclass(frozen=True)
@@ -154,14 +158,42 @@ def evaluate_loss(model: Model, batches: Batches, members: Sequence[np.ndarray])
     """Mean weighted error of each term over all batches, with fixed noise; processes share the work."""
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    for part in distributed.own(members):
+
+    def work(part: np.ndarray) -> dict[str, tuple[float, float]]:
         batch = batches[0, part].to(device_of(model))
         terms = batches.objective.loss(model(batch.graph, batch.targets), batch)
-        for name, (total, count) in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(total.detach())
-            counts[name] = counts.get(name, 0.0) + float(count)
+        return {name: (float(total.detach()), float(count)) for name, (total, count) in terms.items()}
+
+    for part in distributed.own(members):
+        for terms in in_parts(work, part, batches.structures):
+            for name, (total, count) in terms.items():
+                sums[name] = sums.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0.0) + count
     sums, counts = distributed.sum_counts(sums), distributed.sum_counts(counts)
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}
+
+
+def in_parts(work: Callable[[Any], T], members: Any, structures: Sequence[ase.Atoms]) -> Iterator[T]:
+    """What `work` makes of these members of the structures; of each half of them, in order, when memory runs out.
+
+    Raises `InputError` when there is no room for one of them alone.
+    """
+    try:
+        found = work(members)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if len(members) == 1:
+            raise _no_room(structures, int(members[0])) from None
+    else:
+        yield found
+        return
+    if torch.cuda.is_available():  # here, where the exception no longer holds what was computed
+        torch.cuda.empty_cache()
+    _tell_halved()
+    half = len(members) // 2
+    yield from in_parts(work, members[:half], structures)
+    yield from in_parts(work, members[half:], structures)
 
 
 def device_of(model: Model) -> torch.device:
@@ -232,8 +264,10 @@ class _Run:
         self.cpu = 0.0
         self.unimproved = 0
         self.finished = False
+        self.place: Place = (0, 0)  # where the next step begins
         self.like: dict[str, Tensor] = {}  # outputs of no rows, as the last ones were
         self.room = config.edges  # most edges at once that memory has had room for
+        self.rooms: dict[str, float] = {}  # of each process whose memory has run out
 
     def progress(self, save_every: float) -> Iterator[Progress]:
         self._restore()
@@ -245,26 +279,24 @@ class _Run:
             if fresh and (loss_at_start := self._validate()) is not None:
                 metrics.write({"step": 0, "valid": loss_at_start})
 
-            pieces = self.config.accumulate
-            share = Share(distributed.rank(), distributed.size(), pieces)
             stream = training_batches(
-                self.batches, self.counts, self.config.edges, pieces * self.step, self.config.workers, share
+                self.batches, self.counts, self.config.edges, self.place, self.config.workers, self.share
             )
             stream = ahead(stream, device_of(self.model), self.trained[0].dtype)
             while not self.finished and (fraction := self._fraction()) < 1:
-                epochs, members, batches = zip(*(next(stream) for _ in range(pieces)), strict=True)
+                pieces = list(islice(stream, self.config.accumulate))
                 lr = self._set_learning_rates(fraction)
-                addresses = [(e, m) for e, m in zip(epochs, members, strict=True) if len(m)]
-                loss, terms = self._optimise([batch for batch in batches if batch], addresses)
+                loss, terms = self._optimise(pieces)
                 self.step += 1
+                self.place = pieces[-1].after
                 self.elapsed = self._agreed(before + time.monotonic() - start)
                 self.cpu = cpu_before + time.process_time() - cpu_start
 
                 fraction = min(self._fraction(), 1.0)
                 valid = self._validate() if self._validation_is_due(fraction) else None
-                row = {"step": self.step, "epoch": epochs[0], "lr": lr, **terms, "valid": valid}
-                if self.room < self.config.edges:
-                    row["edges at once"] = self.room
+                row = {"step": self.step, "epoch": pieces[0].epoch, "lr": lr, **terms, "valid": valid}
+                if self.rooms:
+                    row["edges at once"] = int(min(self.rooms.values()))
                 metrics.write({**row, "elapsed": round(self.elapsed, 3), "cpu": round(self.cpu, 3)})
                 self.finished = self.config.patience is not None and self.unimproved >= self.config.patience
                 due = min(save_every, max(1.0, 0.1 * self.elapsed))  # often at first, so that little is ever lost
@@ -277,18 +309,25 @@ class _Run:
         self._load_weights(chosen)
         self.model.eval()
 
-    def _optimise(self, batches: Sequence[Batch], addresses: Sequence[Address]) -> tuple[float, dict[str, float]]:
+    @property
+    def share(self) -> Share:
+        return Share(distributed.rank(), distributed.size(), self.config.accumulate)
+
+    def _optimise(self, pieces: Sequence[Dealt]) -> tuple[float, dict[str, float]]:
         """One step on the batches of all processes as if they were one; its loss and the terms of it."""
         self.model.train()
         self.optimizer.zero_grad()
-        own = self._within_memory(batches, addresses)
-        terms = distributed.sum_counts(own)
+        own = self._within_memory(pieces)
+        room = {f"{ROOM}{distributed.rank()}": self.room} if self.room < self.config.edges else {}
+        terms = distributed.sum_counts({**own, **room})
+        self.rooms = {name: terms.pop(name) for name in list(terms) if name.startswith(ROOM)}
         if not terms:  # no label in this step: nothing to learn from it
             return math.nan, {}
         loss = sum(terms.values())
         if not math.isfinite(loss):
             bad = not all(map(math.isfinite, own.values()))
-            indices = [original(self.batches.structures, int(i)) for _, m in addresses for i in m] if bad else []
+            members = [int(i) for piece in pieces for i in piece.members]
+            indices = [original(self.batches.structures, i) for i in members] if bad else []
             where = ", ".join(str(i) for part in distributed.gathered(indices) for i in part)
             raise InputError(
                 f"the loss is not finite at step {self.step + 1}, for the structures {where}: look at their labels, "
@@ -300,12 +339,14 @@ class _Run:
         self._update_average()
         return loss, terms
 
-    def _within_memory(self, batches: Sequence[Batch], addresses: Sequence[Address]) -> dict[str, float]:
+    def _within_memory(self, pieces: Sequence[Dealt]) -> dict[str, float]:
         """`_backward`, with the same structures in smaller batches when memory runs out, and from then on."""
         summed: list[dict[str, float]] = []
+        parts = [(piece.epoch, piece.members) for piece in pieces if piece.batch]
+        batches = [piece.batch for piece in pieces if piece.batch]
         while True:
             if self.room < self.config.edges:
-                parts = [(epoch, p) for epoch, m in addresses for p in plan(self.counts, self.room, m)]
+                parts = [(p.epoch, part) for p in pieces for part in plan(self.counts, self.room, p.members)]
                 batches = [self.batches[part] for part in parts]
             try:
                 return self._backward([batch.to(device_of(self.model)) for batch in batches], summed)
@@ -313,9 +354,10 @@ class _Run:
                 if not _is_out_of_memory(error):
                     raise
             self.optimizer.zero_grad()  # here, where the exception no longer holds what was computed
-            largest = max(batch.graph.n_edges for batch in batches)
+            sizes = [batch.graph.n_edges for batch in batches]
+            largest = max(sizes)
             if all(batch.graph.n_systems == 1 for batch in batches):
-                raise InputError(f"memory has no room for a structure of {largest} edges: leave it out")
+                raise _no_room(self.batches.structures, int(parts[sizes.index(largest)][1][0]), largest)
             self.room = max(min(self.room, largest) // 2, 1)
             console.print(f"[yellow]Memory ran out: from now on at most {self.room} edges at once[/yellow]")
             if device_of(self.model).type == "cuda":
@@ -464,7 +506,8 @@ class _Run:
         }
         tensors = {f"{name}.{i}": t.detach().cpu().clone() for name, ts in lists.items() for i, t in enumerate(ts)}
         tensors["updates"] = torch.tensor([float(a.get("step", 0.0)) for a in adam], dtype=torch.float64)
-        numbers = {name: getattr(self, name) for name in ("step", "elapsed", "cpu", "best", "unimproved", "finished")}
+        names = ("step", "place", "elapsed", "cpu", "best", "unimproved", "finished", "rooms")
+        numbers = {name: getattr(self, name) for name in names}
         write_tensors(self.out / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
 
     def _restore(self) -> None:
@@ -472,8 +515,14 @@ class _Run:
         if found is None:
             return
         tensors, metadata = found
-        for name, value in json.loads(metadata["numbers"]).items():
+        numbers = json.loads(metadata["numbers"])
+        for name, value in numbers.items():
             setattr(self, name, value)
+        self.room = int(self.rooms.get(f"{ROOM}{distributed.rank()}", self.room))
+        if "place" not in numbers:  # saved by an earlier version: all steps are dealt once more
+            dealt = dealing(self.counts, self.config.edges, self.config.seed, share=self.share)
+            for _, _, place in islice(dealt, self.step * self.config.accumulate):
+                self.place = place
         for i, p in enumerate(self.trained):
             with torch.no_grad():
                 p.copy_(tensors[f"weights.{i}"])
@@ -487,9 +536,18 @@ class _Run:
                 }
 
     def _saved(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        if self.out is None or not (self.out / "state.safetensors").exists():
-            return None
-        return read_tensors(self.out / "state.safetensors")
+        return None if self.out is None else _state_in(self.out)
+
+
+def done_in(out: Path) -> dict[str, Any]:
+    """How far the run of a folder had come when it was last saved: "step", "elapsed", "finished"; empty if never."""
+    state = _state_in(out)
+    return {} if state is None else json.loads(state[1]["numbers"])
+
+
+def _state_in(out: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    path = out / "state.safetensors"
+    return read_tensors(path) if path.exists() else None
 
 
 def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -505,7 +563,7 @@ def _counted(batches: Batches, counting: Callable[[int], None] = lambda done: No
     mine = range(n)[distributed.rank() :: size]
     own = Subset(geometries(batches.structures), mine)
     found = count_edges(
-        own, batches.edges, lambda done: counting(done * size), lambda i, neighbors: batches.keep(mine[i], neighbors)
+        own, batches.edges, lambda done: counting(done * size), lambda i, *found: batches.keep(mine[i], *found)
     )
     counts = np.zeros(n, np.int32)
     for rank, part in enumerate(distributed.gathered(found)):
@@ -514,8 +572,19 @@ def _counted(batches: Batches, counting: Callable[[int], None] = lambda done: No
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _no_room(structures: Sequence[ase.Atoms], index: int, n_edges: int | None = None) -> InputError:
+    size = f"{len(structures[index])} atoms" if n_edges is None else f"{n_edges} edges"
+    return InputError(f"memory has no room for structure {original(structures, index)} of {size}: leave it out")
+
+
+@cache
+def _tell_halved() -> None:
+    """Said once: validations are many, and their results are the same."""
+    console.print("[yellow]Memory ran out: structures are evaluated in smaller batches[/yellow]")
 
 
 class Metrics:

@@ -79,8 +79,9 @@ def pretrain(
             that is the test set, such as "test_fold=0"; test structures are left out.
         label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}.
         unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
-        dry_run: only say what the run would take, measured on two steps, and write nothing. The model that is returned
-            was not trained; its card has the numbers under "dry run".
+        dry_run: only say what the run would take, or what is left of it where `out` holds a part of it, measured on a
+            few steps; nothing is written. The model that is returned was not trained; its card has the numbers under
+            "dry run".
         config: fields of `TrainConfig`.
 
     Raises:
@@ -93,7 +94,7 @@ def pretrain(
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
     asked = {"verb": "pretrain", "backbone": described(backbone), **data.asked, "train": _lasting(settings)}
-    folder, finished = distributed.from_first(lambda: _claimed(None if dry_run else out, asked))
+    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run))
     if finished is not None:
         return finished
 
@@ -105,7 +106,7 @@ def pretrain(
     for name, head in model.heads.items():
         head.calibrate(name, samples)  # type: ignore[operator]
     if dry_run:
-        return _rehearsed(model, settled, data, settings, verbose)
+        return _rehearsed(model, settled, data, settings, folder, verbose)
     return _trained(model, settled, data, settings, folder, asked, history=[], report={}, verbose=verbose)
 
 
@@ -146,7 +147,7 @@ def finetune(
 
     identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
     asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": _lasting(settings)}
-    folder, finished = distributed.from_first(lambda: _claimed(None if dry_run else out, asked))
+    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run))
     if finished is not None:
         return finished
 
@@ -160,7 +161,7 @@ def finetune(
         if verbose:
             _show_alignment(report)
     if dry_run:
-        return _rehearsed(model, settled, data, settings, verbose)
+        return _rehearsed(model, settled, data, settings, folder, verbose)
     return _trained(model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base)
 
 
@@ -470,12 +471,15 @@ def _trained(
     return model.eval()
 
 
-def _rehearsed(model: Model, objective: Objective, data: _Data, config: TrainConfig, verbose: bool) -> Model:
+def _rehearsed(
+    model: Model, objective: Objective, data: _Data, config: TrainConfig, folder: Path | None, verbose: bool
+) -> Model:
     with bar(quiet=not verbose) as bars:
         task = bars.add_task("finding neighbours", total=len(data.train), note="")
         cost = rehearse(
-            model, objective, data.train, config, data.valid, lambda done: bars.update(task, completed=done)
-        )
+            model, objective, data.train, config, valid=data.valid, out=folder,
+            counting=lambda done: bars.update(task, completed=done),
+        )  # fmt: skip
     if verbose:
         console.print(table("", cost.rows()))
     model.card = {"dry run": cost._asdict()}
@@ -559,14 +563,13 @@ def _finished(folder: Path | None) -> Model | None:
 
 def _lasting(config: TrainConfig) -> dict[str, Any]:
     """The options of a run, and over how many batches a step is shared, which decides what a step is."""
-    shared = distributed.size() * config.accumulate
-    return {**asdict(config), **({"batches per step": shared} if shared > 1 else {})}
+    return {**asdict(config), "batches per step": distributed.size() * config.accumulate}
 
 
-def _claimed(out: str | Path | None, asked: Mapping[str, Any]) -> tuple[Path | None, Model | None]:
-    """The folder of a run, and its model when it had finished."""
-    folder = claim(out, asked)
-    return folder, _finished(folder)
+def _claimed(out: str | Path | None, asked: Mapping[str, Any], dry_run: bool) -> tuple[Path | None, Model | None]:
+    """The folder of a run, and its model when it had finished; a dry run leaves the folder as it is."""
+    folder = claim(out, asked, read_only=dry_run)
+    return folder, None if dry_run else _finished(folder)
 
 
 def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:

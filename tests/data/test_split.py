@@ -36,6 +36,13 @@ def assert_complete(parts: Split, n: int) -> None:
     assert len(parts.valid)
 
 
+@pytest.mark.parametrize("by", ["auto", "composition", "prototype"])
+def test_a_structure_without_atoms_is_named(by):
+    structures = [*cells("Cu", "CuAg"), Atoms(), *cells("Au")]
+    with pytest.raises(InputError, match="structure 2 has no atoms; remove it"):
+        split(structures, by=by)
+
+
 formulas = st.lists(st.sampled_from([*METALS, "NaCl", "Na2Cl2", "MgO"]), min_size=2, max_size=40)
 fractions = st.floats(0.01, 0.9)
 

@@ -48,6 +48,8 @@ class ET(Backbone):
         inputs: Sequence[str] = (),
     ):
         super().__init__()
+        if depth < 1:
+            raise InputError(f"a depth of {depth} leaves nothing that passes messages: choose 1 or more")
         if width % heads:
             raise InputError(f"a width of {width} cannot be divided among {heads} heads: choose a multiple of {heads}")
         self.width = width
@@ -107,14 +109,15 @@ class Attention(nn.Module):
         self.filter = nn.Linear(radial, 4 * width)  # of the key (one) and the value (three)
         self.vectors = None if first else nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width if first else 3 * width)
-        self.formula = attention_formulas(heads)[0 if first else 1]
+        self.heads = heads
 
     def forward(self, x: Tensor, v: Tensor | None, edges: Neighborhood) -> tuple[Tensor, ...]:
         x = self.norm(x)
         query, key = self.query(x).unsqueeze(1), self.key(x).unsqueeze(1)
         value = self.value(x).unflatten(1, (3, -1))
+        formula = attention_formulas(self.heads)[0 if v is None else 1]
         senders = [key, value] if v is None else [key, value, v]
-        scalars, sums = edges.sum(self.formula, self.filters, senders, receivers=[query])
+        scalars, sums = edges.sum(formula, self.filters, senders, receivers=[query])
         if v is None or self.vectors is None:
             return self.output(scalars.squeeze(1)), sums
         o = self.output(scalars.squeeze(1)).unflatten(1, (3, -1))
@@ -123,7 +126,7 @@ class Attention(nn.Module):
         return dx.squeeze(1), dv
 
     def filters(self, at: Radii) -> Tensor:
-        """The key's, the value's (with the envelope), and the envelope of the attention itself."""
+        """The key's, which with its envelope is that of the attention's weights, and the value's three."""
         key, value = F.silu(self.filter(at.basis)).split([self.query.out_features, 3 * self.query.out_features], dim=1)
         return torch.cat([key * at.envelope, value * at.envelope], dim=1)
 

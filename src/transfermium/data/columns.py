@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LONGEST = 8192  # structures in a block
 BITS = 15  # bytes for one bit per element
+NOTHING = {"", "nan", "none", "null", "na", "n/a"}  # words that stand for no value
 
 Key = tuple[str, str]  # place ("info", "arrays" or "calc") and name there
 
@@ -205,7 +206,7 @@ def count_elements(structures: Sequence[Atoms]) -> np.ndarray:
 
 
 def has(structures: Sequence[Atoms], keys: set[Key]) -> np.ndarray:
-    """Whether each structure has anything under at least one of these keys: (n_structures,)."""
+    """Whether each structure has something that is not all NaN under at least one of these keys: (n_structures,)."""
 
     def present(block: Block) -> np.ndarray:
         found = np.zeros(len(block), bool)
@@ -213,7 +214,8 @@ def has(structures: Sequence[Atoms], keys: set[Key]) -> np.ndarray:
             plain = block.plain(key)
             if plain is None:
                 return np.array([_has(atoms, keys) for atoms in block.structures()])
-            found |= plain.counts > 0
+            owners = np.repeat(np.arange(len(block)), plain.counts)
+            found[owners[~np.isnan(plain.values)]] = True
         return found
 
     return _each(structures, 0, np.bool_, present)
@@ -243,7 +245,19 @@ def info_names(structures: Sequence[Atoms]) -> set[str]:
 
 def _has(atoms: Atoms, keys: set[Key]) -> bool:
     places = {"info": atoms.info, "arrays": atoms.arrays, "calc": _results(atoms)}
-    return any(places[place].get(name) is not None for place, name in keys)
+    return any(not is_missing(places[place].get(name)) for place, name in keys)
+
+
+def is_missing(raw: Any, nan: bool = True) -> bool:
+    """Whether a value stands for none; NaN does, but where `nan` is False, because there it is a mistake."""
+    if raw is None or isinstance(raw, str):
+        return raw is None or raw.strip().lower() in NOTHING
+    if not nan:
+        return False
+    try:
+        return bool(np.isnan(np.asarray(raw, dtype=float)).all())
+    except (TypeError, ValueError):
+        return False
 
 
 def _results(atoms: Atoms) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ase import units as ase_units
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ..errors import InputError
-from .columns import Block, BlockOfAtoms, Plain, blocks
+from .columns import Block, BlockOfAtoms, Plain, blocks, is_missing
 from .sequences import Joined, Lazy, Subset
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ PLACES: dict[str, tuple[Place, ...]] = {
 UNITS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3"}
 PER_ATOM_RESULTS = {"forces", "stresses", "energies", "charges", "magmoms"}
 RESERVED = {"numbers", "positions"}
-NOTHING = {"", "nan", "none", "null", "na", "n/a"}
 
 ENERGIES = {
     "eV": 1.0,
@@ -100,7 +99,7 @@ class Label:
         """The label of a structure in our units: a float, an array or a word; None when it has none."""
         for place, key, _ in self.keys:
             raw = _get(atoms, place, key)
-            if not _is_missing(raw, nan=self.quantity not in KEYS):
+            if not is_missing(raw, nan=self.quantity not in KEYS):
                 if self.classes:
                     return word(raw)
                 return _converted(atoms, self.quantity, (place, key, raw), self.given_unit, where)
@@ -111,7 +110,7 @@ class Label:
         own = [(place, key) for place, key, _ in self.keys]
         names = (self.quantity, *KEYS.get(self.quantity, ()))
         known = dict.fromkeys([*own, *((place, key) for key in names for place in _places(self.quantity))])
-        there = [at for at in known if not _is_missing(_get(atoms, *at), nan=self.quantity not in KEYS)]
+        there = [at for at in known if not is_missing(_get(atoms, *at), nan=self.quantity not in KEYS)]
         return there[1:] if there and there[0] in own else there
 
 
@@ -479,19 +478,7 @@ def _get(atoms: Atoms, place: Place, key: str) -> Any:
 def _find(atoms: Atoms, quantity: str, keys: Sequence[str]) -> list[Found]:
     """All values of a quantity that a structure has, the preferred one first."""
     found = [(place, key, _get(atoms, place, key)) for key in keys for place in _places(quantity)]
-    return [item for item in found if not _is_missing(item[2], nan=quantity not in KEYS)]
-
-
-def _is_missing(raw: Any, nan: bool) -> bool:
-    """Whether a value stands for none; NaN does for a property, but is a mistake in an energy, forces or a stress."""
-    if raw is None or isinstance(raw, str):
-        return raw is None or raw.strip().lower() in NOTHING
-    if not nan:
-        return False
-    try:
-        return bool(np.isnan(np.asarray(raw, dtype=float)).all())
-    except (TypeError, ValueError):
-        return False
+    return [item for item in found if not is_missing(item[2], nan=quantity not in KEYS)]
 
 
 def _keys(atoms: Atoms) -> list[tuple[Place, str]]:

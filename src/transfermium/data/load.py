@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import islice
+from itertools import tee
 from typing import NamedTuple
 
 import ase
@@ -20,8 +20,10 @@ from ..objectives import Objective
 from .sequences import original
 
 TRAINING, VALIDATION, CALIBRATION = 0, 1, 2  # kinds of random numbers
-MEMORY = 256_000_000  # bytes of neighbours that are kept for the next epochs: 50 million edges
+MEMORY = 256_000_000  # bytes of neighbours that are kept of a set for the next epochs: 50 million edges
 OVERHEAD = 500  # bytes of Python objects for each structure
+
+Place = tuple[int, int]  # an epoch, and how many of its structures have been dealt
 
 
 def rng_of(seed: int, kind: int, epoch: int, index: int) -> np.random.Generator:
@@ -33,7 +35,7 @@ def count_edges(
     structures: Sequence[ase.Atoms],
     edges: Cutoff,
     seen: Callable[[int], None] = lambda done: None,
-    keep: Callable[[int, Neighbors], None] = lambda index, neighbors: None,
+    keep: Callable[[int, ase.Atoms, Neighbors], None] = lambda index, atoms, neighbors: None,
 ) -> np.ndarray:
     """Number of edges of each structure as it is, without noise; `seen` hears how many are done.
 
@@ -41,12 +43,13 @@ def count_edges(
     """
     counts = np.zeros(len(structures), int)
     for index in range(len(structures)):
+        atoms = structures[index]
         try:
-            neighbors = edges.neighbors(structures[index])
+            neighbors = edges.neighbors(atoms)
         except InputError as error:
             raise InputError(f"structure {original(structures, index)}: {error}") from None
         counts[index] = len(neighbors.senders)
-        keep(index, neighbors)
+        keep(index, atoms, neighbors)
         seen(index + 1)
     return counts
 
@@ -91,11 +94,19 @@ def deal(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
     return [np.array(sorted(lot), int) for lot in lots]
 
 
+class Kept(NamedTuple):
+    """Neighbours found before."""
+
+    geometry: int  # what they were found in
+    neighbors: Neighbors
+    bytes: int  # taken from the memory for all of them
+
+
 class Batches(Dataset[Batch]):
     """Batches of a set of structures, addressed by (epoch, members): the same address is always the same batch.
 
-    Neighbours of structures whose atoms the objective leaves in place are searched once and kept, in at most `memory`
-    bytes; batches are the same without.
+    Neighbours of structures whose atoms the objective leaves in place are kept until their geometry changes, in at most
+    `memory` bytes; batches are the same without.
     """
 
     def __init__(
@@ -113,7 +124,7 @@ class Batches(Dataset[Batch]):
         self.seed = seed
         self.kind = kind
         self.memory = memory
-        self.kept: dict[int, Neighbors] = {}
+        self.kept: dict[int, Kept] = {}
 
     def __getitem__(self, address: tuple[int, np.ndarray]) -> Batch:
         epoch, members = address
@@ -123,23 +134,29 @@ class Batches(Dataset[Batch]):
             sample = self.objective.prepare(atoms, rng_of(self.seed, self.kind, epoch, index))
             samples.append(sample)
             still = _in_place(sample.atoms, atoms)
-            found = self.kept.get(index) if still else None
-            if found is None:
-                found = self.edges.neighbors(sample.atoms)
-                if still:
-                    self.keep(index, found)
-            neighbors.append(found)
+            neighbors.append(self._neighbors(index, atoms) if still else self.edges.neighbors(sample.atoms))
         return to_batch(samples, self.edges, neighbors)
 
-    def keep(self, index: int, neighbors: Neighbors) -> None:
+    def _neighbors(self, index: int, atoms: ase.Atoms) -> Neighbors:
+        """Those of a structure as it is; a sequence may change it between epochs."""
+        kept = self.kept.get(index)
+        if kept is not None and kept.geometry == _geometry(atoms):
+            return kept.neighbors
+        found = self.edges.neighbors(atoms)
+        self.keep(index, atoms, found)
+        return found
+
+    def keep(self, index: int, atoms: ase.Atoms, neighbors: Neighbors) -> None:
         """Remember the neighbours of a structure as it is, where they will serve again and there is room."""
         if not self._leaves_atoms:
             return
+        if index in self.kept:
+            self.memory += self.kept.pop(index).bytes
         compact = neighbors.compact()
         worker = get_worker_info()
         size = (compact.bytes + OVERHEAD) * (worker.num_workers if worker else 1)  # each worker has its own
         if size <= self.memory:
-            self.kept[index] = compact
+            self.kept[index] = Kept(_geometry(atoms), compact, size)
             self.memory -= size
 
     @cached_property
@@ -156,6 +173,11 @@ def _in_place(a: ase.Atoms, b: ase.Atoms) -> bool:
     )
 
 
+def _geometry(atoms: ase.Atoms) -> int:
+    """A number that is another one, but for a chance of 2⁻⁶⁴, when atoms have moved; elements do not matter."""
+    return hash((atoms.positions.tobytes(), atoms.cell.array.tobytes(), atoms.pbc.tobytes()))
+
+
 class Share(NamedTuple):
     """Which batches of each step a process works on, one after the other: `pieces` of `size` × `pieces`."""
 
@@ -167,36 +189,56 @@ class Share(NamedTuple):
 ALL = Share()
 
 
-def training_batches(
-    batches: Batches, counts: np.ndarray, budget: int, skip: int = 0, workers: int = 0, share: Share = ALL
-) -> Iterator[tuple[int, np.ndarray, Batch | None]]:
-    """Epoch, members and batch, for ever, each epoch in a new order; `skip` batches are passed over unseen.
+class Dealt(NamedTuple):
+    """What a process works on at once."""
 
-    With a `share` they are the batches of this process, and None where a step has too few structures for all.
-    """
-    addresses = _Addresses(counts, budget, batches.seed, skip, share)
+    epoch: int
+    members: np.ndarray
+    batch: Batch | None  # None where a step has too few structures for all
+    after: Place  # where the next step begins
+
+
+def training_batches(
+    batches: Batches, counts: np.ndarray, budget: int, start: Place = (0, 0), workers: int = 0, share: Share = ALL
+) -> Iterator[Dealt]:
+    """The batches of a process, for ever, each epoch in a new order, from the step on that begins at `start`."""
+    dealt, coming = tee(dealing(counts, budget, batches.seed, start, share))
+    filled = ((epoch, members) for epoch, members, _ in coming if len(members))
     own = torch.Generator()  # or the loader draws from the caller's random numbers
-    filled = _Addresses(counts, budget, batches.seed, skip, share, filled=True)
     loader = iter(DataLoader(batches, batch_size=None, sampler=filled, num_workers=workers, generator=own))
     try:
-        for epoch, members in addresses:
-            yield epoch, members, next(loader) if len(members) else None
+        for epoch, members, after in dealt:
+            yield Dealt(epoch, members, next(loader) if len(members) else None, after)
     except InputError as error:  # a worker sends its whole traceback; the sentence is its last line
         sentence = str(error).strip().splitlines()[-1]
         raise InputError(sentence.removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
-def ahead(
-    stream: Iterator[tuple[int, np.ndarray, Batch | None]], device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[int, np.ndarray, Batch | None]]:
+def dealing(
+    counts: np.ndarray, budget: int, seed: int, start: Place = (0, 0), share: Share = ALL
+) -> Iterator[tuple[int, np.ndarray, Place]]:
+    """Epoch and members of the batches of a process, for ever, and where the step after that of each batch begins."""
+    rank, size, pieces = share
+    epoch, position = start
+    while True:
+        everyone = np.arange(len(counts), dtype=np.min_scalar_type(-len(counts)))
+        order = np.random.default_rng((seed, TRAINING, epoch)).permutation(everyone)
+        for lots in steps(counts, budget, order[position:], size * pieces):
+            position += sum(map(len, lots))
+            for members in lots[rank * pieces : (rank + 1) * pieces]:
+                yield epoch, members, (epoch, position)
+        epoch, position = epoch + 1, 0
+
+
+def ahead(stream: Iterator[Dealt], device: torch.device, dtype: torch.dtype) -> Iterator[Dealt]:
     """The same items; for a GPU, the next one is made in a thread while it works, ready to be fetched."""
     if device.type != "cuda":
         yield from stream  # on a CPU a thread hides nothing: model and preparation share its cores
         return
 
-    def following() -> tuple[int, np.ndarray, Batch | None]:
-        epoch, members, batch = next(stream)
-        return epoch, members, batch and batch.to("cpu", dtype).pinned()
+    def following() -> Dealt:
+        dealt = next(stream)
+        return dealt._replace(batch=dealt.batch and dealt.batch.to("cpu", dtype).pinned())
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(following)
@@ -204,29 +246,3 @@ def ahead(
             item = coming.result()
             coming = thread.submit(following)
             yield item
-
-
-class _Addresses:
-    """An endless sampler that starts anew each time it is iterated; `filled` leaves out batches without structures."""
-
-    def __init__(self, counts: np.ndarray, budget: int, seed: int, skip: int, share: Share = ALL, filled: bool = False):
-        self.counts = counts
-        self.budget = budget
-        self.seed = seed
-        self.skip = skip
-        self.share = share
-        self.filled = filled
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        chosen = islice(self._all(), self.skip, None)
-        return ((epoch, members) for epoch, members in chosen if len(members) or not self.filled)
-
-    def _all(self) -> Iterator[tuple[int, np.ndarray]]:
-        rank, size, pieces = self.share
-        epoch = 0
-        while True:
-            everyone = np.arange(len(self.counts), dtype=np.min_scalar_type(-len(self.counts)))
-            order = np.random.default_rng((self.seed, TRAINING, epoch)).permutation(everyone)
-            for lots in steps(self.counts, self.budget, order, size * pieces):
-                yield from ((epoch, members) for members in lots[rank * pieces : (rank + 1) * pieces])
-            epoch += 1

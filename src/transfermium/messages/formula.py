@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -22,7 +23,8 @@ from .spline import Grid
 
 _use_kernels = ContextVar("use_kernels", default=True)
 _weights_are_fixed = ContextVar("weights_are_fixed", default=False)
-_tables: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, list[Tensor]]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Table]] = weakref.WeakKeyDictionary()
+_compiling = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -37,7 +39,10 @@ def reference() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fixed_weights() -> Iterator[None]:
-    """Take weights as constants inside this context, so that what depends on them alone is computed once."""
+    """Take weights as constants inside this context, so that what depends on them alone is computed once.
+
+    It is computed again when a parameter or buffer has other values. Other attributes of modules must stay.
+    """
     token = _weights_are_fixed.set(True)
     try:
         yield
@@ -48,11 +53,24 @@ def fixed_weights() -> Iterator[None]:
 def have_kernels(*tensors: Tensor) -> bool:
     """Whether these tensors are worked on by compiled kernels: float32 on a CPU, with llvmlite installed.
 
-    While torch traces or compiles, it is shown the reference.
+    While torch traces, compiles or transforms functions, it is shown the reference. So it is under autocast: the slopes
+    of splines need all digits.
     """
     real = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
     single = all(t.dtype == torch.float32 for t in tensors)
-    return real and single and _use_kernels.get() and kernels.available() and not torch.compiler.is_compiling()
+    return real and single and _use_kernels.get() and kernels.available() and not _looked_into()
+
+
+def _looked_into() -> bool:
+    """Whether torch wants to see single operations: to compile, cast, trace, dispatch or transform them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class Radii(NamedTuple):
@@ -74,13 +92,11 @@ class Neighborhood:
 
     def __init__(self, graph: AtomGraph, cutoff: Cutoff, basis: Callable[[Tensor], Tensor]):
         self.vectors = graph.edge_vectors()  # (n_edges, 3), Å
-        self.senders = graph.senders.contiguous()
-        self.receivers = graph.receivers
+        self.senders = graph.senders.long().contiguous()
+        self.receivers = graph.receivers.long()
         self.n_atoms = graph.n_atoms
-        self.grid = spline.grid(cutoff.radius)
         self.cutoff = cutoff
         self.basis = basis
-        self.compiled = have_kernels(self.vectors)
         self._bounds: dict[int, list[int]] = {}
 
     def sum(
@@ -94,43 +110,58 @@ class Neighborhood:
 
         Args:
             formula: of one edge.
-            filters: radial functions, (n, functions · channels) for n lengths.
+            filters: radial functions, (n, functions · channels) for n lengths. They must be zero from the cutoff on, as
+                what is multiplied by `Radii.envelope` is.
             senders: features of the neighbours, (n_atoms, components, channels) each.
             receivers: features of the atom itself, likewise.
         """
-        if self.compiled:
+        if have_kernels(self.vectors, *senders, *receivers):
             table = self._table(formula, filters)
-            return _Formula.apply(formula.kernels, self, self.vectors, table, *senders, *receivers)
+            if have_kernels(table):
+                return _Formula.apply(formula.kernels, self, self.vectors, table, *senders, *receivers)
         return self._reference(formula, filters(self.radii), senders, receivers)
 
     @functools.cached_property
-    def radii(self) -> Radii:
-        """Where radial functions are evaluated: on the grid of splines, or on every edge."""
-        lengths = self.grid.samples(self.vectors.device) if self.compiled else self.lengths
-        radii = Radii(lengths, self.basis(lengths), self.cutoff.envelope(lengths).unsqueeze(1))
-        return Radii(*(x.to(self.vectors.dtype) for x in radii))
+    def grid(self) -> Grid:
+        """Of the splines."""
+        with torch.no_grad():
+            return spline.grid(self.cutoff.radius, self.basis(self.vectors.new_ones(1)).shape[1])
 
     @functools.cached_property
     def lengths(self) -> Tensor:
         """Of the edges, in Å: (n_edges,)."""
         return torch.linalg.vector_norm(self.vectors, dim=1)
 
+    @functools.cached_property
+    def radii(self) -> Radii:
+        """Where radial functions are evaluated on every edge."""
+        return self._radii(self.lengths)
+
+    @functools.cached_property
+    def samples(self) -> Radii:
+        """Where radial functions are evaluated on the grid of splines."""
+        return self._radii(self.grid.samples(self.vectors.device))
+
+    def _radii(self, lengths: Tensor) -> Radii:
+        radii = Radii(lengths, self.basis(lengths), self.cutoff.envelope(lengths).unsqueeze(1))
+        return Radii(*(x.to(self.vectors.dtype) for x in radii))
+
     def _table(self, formula: EdgeFormula, filters: Callable[[Radii], Tensor]) -> Tensor:
         """Spline coefficients of radial functions; inside `fixed_weights` kept for as long as the weights stay."""
-        found = [getattr(f, "__self__", f) for f in (filters, self.basis)]
-        owners = [owner for owner in found if isinstance(owner, nn.Module)]
-        if not _weights_are_fixed.get() or len(owners) < len(found):
-            return self._new_table(formula, filters)
-        weights = [w for owner in owners for w in (*owner.parameters(), *owner.buffers())]
-        state = (formula, self.grid, *((w.data_ptr(), w._version) for w in weights))
-        kept = _tables.get(owners[0])
-        if kept is None or kept[0] != state:
-            with torch.no_grad():  # the old weights are held on to, so that new ones cannot take their addresses
-                kept = _tables[owners[0]] = (state, self._new_table(formula, filters), [w.detach() for w in weights])
-        return kept[1]
-
-    def _new_table(self, formula: EdgeFormula, filters: Callable[[Radii], Tensor]) -> Tensor:
-        return spline.coefficients(filters(self.radii).unflatten(1, (formula.filters, -1)))
+        owner, basis = (getattr(f, "__self__", f) for f in (filters, self.basis))
+        if not (_weights_are_fixed.get() and isinstance(owner, nn.Module) and isinstance(basis, nn.Module)):
+            return spline.coefficients(filters(self.samples).unflatten(1, (formula.filters, -1)))
+        weights = [w for module in (owner, basis) for w in (*module.parameters(), *module.buffers())]
+        functions = [getattr(f, "__func__", None) for f in (filters, self.basis)]
+        kept = _tables.setdefault(owner, {})
+        key = (*functions, formula.filters, self.grid)
+        known = kept.get(key)
+        if known is None or not known.is_of(basis, weights):
+            with torch.inference_mode(False), torch.no_grad():
+                values = filters(self._radii(self.grid.samples(self.vectors.device)))
+                table = spline.coefficients(values.unflatten(1, (formula.filters, -1)))
+                known = kept[key] = _Table(table, weakref.ref(basis), [w.detach().clone() for w in weights])
+        return known.coefficients
 
     def _reference(
         self, formula: EdgeFormula, values: Tensor, senders: Sequence[Tensor], receivers: Sequence[Tensor]
@@ -140,6 +171,7 @@ class Neighborhood:
         receiver = [x for t in receivers for x in t.index_select(0, self.receivers).unbind(1)]
         directions = (self.vectors / self.lengths.unsqueeze(1)).unsqueeze(2).unbind(1)
         outputs = formula.of(sender, receiver, filters, directions, self.lengths.unsqueeze(1))
+        _check(outputs, formula.outputs)
         # component by component, so that nothing is copied once more per edge
         sums = [x.new_zeros(self.n_atoms, x.shape[1]).index_add(0, self.receivers, x) for x in outputs]
         return _grouped(sums, formula.outputs)
@@ -148,10 +180,15 @@ class Neighborhood:
     def starts(self) -> Tensor:
         """Where the edges of each atom begin, and the end of the last: (n_atoms + 1,).
 
-        Raises `ValueError` for edges that are not sorted.
+        Raises `ValueError` for edges that are not sorted, and `IndexError` for such as have no atom.
         """
+        if len(self.senders) != len(self.receivers) or len(self.vectors) != len(self.receivers):
+            raise ValueError("the edges of a graph must have a sender and a receiver each")
         if not bool((self.receivers[1:] >= self.receivers[:-1]).all()):
             raise ValueError("the edges of a graph must be sorted by receiver")
+        for atoms in (self.senders, self.receivers):
+            if len(atoms) and not (int(atoms.min()) >= 0 and int(atoms.max()) < self.n_atoms):
+                raise IndexError(f"the edges of a graph must join atoms from 0 to {self.n_atoms - 1}")
         counts = torch.bincount(self.receivers, minlength=self.n_atoms)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
@@ -162,6 +199,23 @@ class Neighborhood:
             inner = np.searchsorted(starts, np.linspace(0, starts[-1], parts + 1)[1:-1])
             self._bounds[parts] = [0, *(int(i) for i in inner), self.n_atoms]
         return self._bounds[parts]
+
+
+class _Table(NamedTuple):
+    """Spline coefficients, and what they were computed from."""
+
+    coefficients: Tensor
+    basis: weakref.ref[nn.Module]
+    weights: list[Tensor]
+
+    def is_of(self, basis: nn.Module, weights: Sequence[Tensor]) -> bool:
+        """Whether they are those of this basis and these weights, by value: what is done to `.data` shows nowhere."""
+        pairs = zip(self.weights, weights, strict=False)
+        return self.basis() is basis and len(self.weights) == len(weights) and all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class EdgeFormula:
@@ -221,7 +275,9 @@ class AtomFormula:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if have_kernels(*inputs):
             return _Formula.apply(self.kernels, None, *inputs)
-        return _grouped(self.of([x for t in inputs for x in t.unbind(1)]), self.outputs)
+        outputs = self.of([x for t in inputs for x in t.unbind(1)])
+        _check(outputs, self.outputs)
+        return _grouped(outputs, self.outputs)
 
 
 class _Kernels:
@@ -234,27 +290,34 @@ class _Kernels:
         outputs: Sequence[int],
         over_edges: bool = True,
     ):
-        self.expressions = functools.cache(expressions)
+        self.make = expressions
         self.inputs = {array.name: array for array in inputs}
         self.outputs = [Array(f"outputs{k}", "receiver", n) for k, n in enumerate(outputs)]
         self.cotangents = {f"cotangents{k}": Array(f"cotangents{k}", "receiver", n) for k, n in enumerate(outputs)}
         self.arrays = {**self.inputs, **self.cotangents}
         self.arrays |= {f"{name}.tangent": a._replace(name=f"{name}.tangent") for name, a in self.inputs.items()}
         self.over_edges = over_edges
+        self.compiled: dict[Any, Kernel] = {}
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
+    def expressions(self) -> list[Expression]:
+        expressions = self.make()
+        _check(expressions, [array.components for array in self.outputs])
+        return expressions
+
     def value(self, channels: int, grid: Grid | None) -> Kernel:
         """The formula itself."""
-        expressions = iter(self.expressions())
-        outputs = [Output(a, tuple(next(expressions) for _ in range(a.components))) for a in self.outputs]
-        return self._kernel(outputs, channels, grid)
 
-    @functools.cache  # noqa: B019
+        def outputs() -> list[Output]:
+            expressions = iter(self.expressions)
+            return [Output(a, tuple(next(expressions) for _ in range(a.components))) for a in self.outputs]
+
+        return self._kernel((), outputs, channels, grid)
+
     def gradient(self, given: tuple[str, ...], wanted: tuple[str, ...], channels: int, grid: Grid | None) -> Kernel:
         """Σ cotangent · output over the cotangents that are given, derived with respect to the arrays `wanted`."""
-        return self._kernel(self._derived(self._first(given), wanted), channels, grid)
+        return self._kernel((given, wanted), lambda: self._derived(self._first(given), wanted), channels, grid)
 
-    @functools.cache  # noqa: B019
     def second(
         self,
         given: tuple[str, ...],
@@ -264,16 +327,20 @@ class _Kernels:
         grid: Grid | None,
     ) -> Kernel:
         """Σ tangent · gradient, derived with respect to the arrays `wanted`, the cotangents among them."""
-        leaves = [x for name in tangents for x in _symbols(self.inputs[name])]
-        directions = [x for name in tangents for x in _symbols(self.arrays[f"{name}.tangent"])]
-        inner: dict[Expression, Expression] = {}
-        for g, direction in zip(gradients(self._first(given), leaves), directions, strict=True):
-            inner[g] = inner[g] + direction if g in inner else direction
-        return self._kernel(self._derived(inner, wanted), channels, grid)
+
+        def outputs() -> list[Output]:
+            leaves = [x for name in tangents for x in _symbols(self.inputs[name])]
+            directions = [x for name in tangents for x in _symbols(self.arrays[f"{name}.tangent"])]
+            inner: dict[Expression, Expression] = {}
+            for g, direction in zip(gradients(self._first(given), leaves), directions, strict=True):
+                inner[g] = inner[g] + direction if g in inner else direction
+            return self._derived(inner, wanted)
+
+        return self._kernel((given, tangents, wanted), outputs, channels, grid)
 
     def _first(self, given: Sequence[str]) -> dict[Expression, Expression]:
         roots: dict[Expression, Expression] = {}
-        expressions = iter(self.expressions())
+        expressions = iter(self.expressions)
         for name, array in self.cotangents.items():
             for cotangent in _symbols(array):
                 x = next(expressions)
@@ -290,7 +357,17 @@ class _Kernels:
             for name, xs in leaves.items()
         ]
 
-    def _kernel(self, outputs: list[Output], channels: int, grid: Grid | None) -> Kernel:
+    def _kernel(
+        self, kind: tuple[Any, ...], make: Callable[[], list[Output]], channels: int, grid: Grid | None
+    ) -> Kernel:
+        key = (*kind, channels, grid)
+        if key not in self.compiled:
+            with _compiling:
+                if key not in self.compiled:  # another thread may have been first
+                    self.compiled[key] = self._compile(make(), channels, grid)
+        return self.compiled[key]
+
+    def _compile(self, outputs: list[Output], channels: int, grid: Grid | None) -> Kernel:
         used = sort(x for output in outputs for x in (*output.values, *(r.args[0] for r in output.radials)))
         names = {x.value[0] for x in used if x.op == "input"} | {"table" for x in used if x.op == "radial"}
         inputs = tuple(array for name, array in self.arrays.items() if name in names)
@@ -305,7 +382,7 @@ class _Formula(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.edges = kernels, edges
         ctx.save_for_backward(*inputs)
-        kernel = kernels.value(inputs[-1].shape[2], edges and edges.grid)
+        kernel = kernels.value(inputs[-1].shape[2], _grid(edges))
         return tuple(_run(kernel, dict(zip(kernels.inputs, inputs, strict=True)), edges).values())
 
     @staticmethod
@@ -331,7 +408,7 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         results: dict[str, Tensor] = {}
         if given and wanted:
-            kernel = kernels.gradient(given, wanted, tensors[-1].shape[2], edges and edges.grid)
+            kernel = kernels.gradient(given, wanted, tensors[-1].shape[2], _grid(edges))
             results = _run(kernel, dict(zip((*given, *kernels.inputs), tensors, strict=True)), edges)
         return tuple(results.get(name) for name in kernels.inputs)
 
@@ -347,7 +424,7 @@ class _Gradient(torch.autograd.Function):
         results: dict[str, Tensor] = {}
         if along and wanted:
             channels = ctx.saved_tensors[-1].shape[2]
-            kernel = kernels.second(ctx.given, tuple(along), wanted, channels, edges and edges.grid)
+            kernel = kernels.second(ctx.given, tuple(along), wanted, channels, _grid(edges))
             results = _run(kernel, {**tensors, **{f"{name}.tangent": t for name, t in along.items()}}, edges)
         return None, None, None, None, *(results.get(name) for name in names)
 
@@ -359,8 +436,17 @@ def _run(kernel: Kernel, tensors: dict[str, Tensor], edges: Neighborhood | None)
     return {output.array.name: result for output, result in zip(kernel.outputs, results, strict=True)}
 
 
+def _grid(edges: Neighborhood | None) -> Grid | None:
+    return None if edges is None else edges.grid
+
+
 def _symbols(array: Array) -> list[Expression]:
     return [symbol(array.name, k, per_edge=array.place == "edge") for k in range(array.components)]
+
+
+def _check(outputs: Sequence[Any], sizes: Sequence[int]) -> None:
+    if len(outputs) != sum(sizes):
+        raise ValueError(f"a formula gave {len(outputs)} components, but its outputs have {sum(sizes)}")
 
 
 def _grouped(components: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import struct
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .expression import Expression, sort
+from .expression import Expression, sort, symbol
 from .spline import SPLINES, Grid
 
 Place = Literal["receiver", "sender", "edge", "table"]
@@ -65,6 +66,8 @@ class Kernel:
     def __call__(self, edges: Any, tensors: Sequence[Tensor], n_rows: int) -> list[Tensor]:
         """Run over all edges.
 
+        Sums over senders and radial tables take as many copies of their result as there are threads.
+
         Args:
             edges: `senders` and `starts` of the edges, and `bounds` that cut the atoms into parts with equal work; None
                 for rows alone.
@@ -73,6 +76,7 @@ class Kernel:
 
         Raises:
             ValueError: for tensors of other shapes, before any memory is touched.
+            TypeError: for tensors of another type or device.
         """
         n_edges = 0 if edges is None else len(edges.senders)
         counts = {"edge": n_edges, "table": self.grid.n_coefficients if self.grid else 0}
@@ -80,6 +84,8 @@ class Kernel:
             shape = self._shape(array, counts.get(array.place, n_rows))
             if tensor.shape != shape:
                 raise ValueError(f"'{array.name}' has shape {tuple(tensor.shape)}, but must have {shape}")
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                raise TypeError(f"'{array.name}' is {tensor.dtype} on {tensor.device}, but must be float32 on the CPU")
         work = (n_edges if self.over_edges else n_rows) * self.channels * self._operations
         threads = min(torch.get_num_threads(), 1 + work // WORTH_A_THREAD)
         bounds = [0, n_rows]
@@ -94,6 +100,8 @@ class Kernel:
             result = make((threads, *shape) if shared else shape, dtype=torch.float32)
             results.append(result)
             own.append(shared)
+        if edges is not None and not edges.starts.dtype == edges.senders.dtype == torch.int64:
+            raise TypeError("senders and starts of edges must be int64")
         pointers = [0, 0] if edges is None else [edges.starts.data_ptr(), edges.senders.data_ptr()]
         kept = [t.contiguous() for t in tensors]
         pointers += [t.data_ptr() for t in kept]
@@ -102,7 +110,7 @@ class Kernel:
         ]
         if threads == 1:
             self._function(*bounds, *pointers, *outs[0])
-        elif (team := _team()) is not None:
+        elif (team := _team()) is not None and not _forked:
             words = [threads, *bounds, *(word for part in outs for word in (*pointers, *part))]
             team.run(self._parallel, (ctypes.c_int64 * len(words))(*words), threads, 0)
         else:
@@ -118,8 +126,27 @@ class Kernel:
 
 @functools.cache
 def available() -> bool:
-    """Whether kernels can be compiled here; without them the reference does everything."""
-    return importlib.util.find_spec("llvmlite") is not None
+    """Whether kernels can be compiled here; without them the reference does everything.
+
+    Warns when llvmlite is installed and does not do what it should.
+    """
+    if importlib.util.find_spec("llvmlite") is None:
+        return False
+    try:
+        row = Array("x", "receiver", 1)
+        trial = Kernel((row,), (Output(row, (symbol("x", 0) * 2.0,)),), channels=17, grid=None, over_edges=False)
+        (doubled,) = trial(None, [torch.ones(1, 1, 17)], 1)
+        if torch.equal(doubled, torch.full((1, 1, 17), 2.0)):
+            return True
+        reason = "its results are wrong"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    warnings.warn(
+        f"llvmlite cannot compile here ({reason}): everything is computed by plain torch, several times slower. "
+        "Install another version of llvmlite",
+        stacklevel=2,
+    )
+    return False
 
 
 class Team(NamedTuple):
@@ -149,13 +176,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
+def _after_fork() -> None:
+    """Threads do not survive a fork, and OpenMP waits for its own."""
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
+_forked = False
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _pool.cache_clear())  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
-@functools.cache
 def _machine() -> Any:
-    """Target machine of this CPU."""
+    """Target machine of this CPU; an engine owns the one it is given."""
     import llvmlite.binding as llvm  # not before it is needed: imports should be quick
 
     llvm.initialize_native_target()
