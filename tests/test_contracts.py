@@ -43,6 +43,11 @@ OBJECTIVES = [
     tm.Potential(energy=0.0),
     tm.Denoise(),
     tm.Denoise(sigma=0.3, conservative=False),
+    tm.Denoise(sigma=[0.05, 0.2], strain=0.03),
+    tm.Denoise(conservative=False, strain=0.03),
+    tm.Denoise(told_forces=True),
+    tm.Together({"first": tm.Potential(), "second": tm.Potential(forces=0.0)}),
+    tm.Together({"gap": tm.Property("gap"), "way": tm.Denoise(told_forces=True)}, weights={"way": 0.5}),
     tm.Property("gap"),
     tm.Property("gap", pooling="attention", weight=2.0),
     tm.Property("polarisability", "extensive"),
@@ -71,6 +76,11 @@ def test_backbones_keep_every_law(cls: type[tm.Backbone]) -> None:
 @pytest.mark.parametrize("cls", BACKBONES)
 def test_backbones_keep_every_law_with_inputs(cls: type[tm.Backbone]) -> None:
     check_backbone(small(cls, inputs=("charge",)))
+
+
+@pytest.mark.parametrize("cls", BACKBONES)
+def test_backbones_keep_every_law_with_vectors_that_they_may_be_told(cls: type[tm.Backbone]) -> None:
+    check_backbone(small(cls, vector_inputs=("forces",)))
 
 
 @pytest.mark.parametrize("cls", [tm.PaiNN, tm.CGCNN])  # with vectors and without

@@ -322,3 +322,124 @@ def test_cross_entropy_leaves_out_what_has_no_class(structures: list[Atoms]) -> 
 def test_a_property_that_makes_no_sense_is_an_error(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tm.Property(**{"name": "x", **arguments})
+
+
+class TestDenoise:
+    def test_strain_is_drawn_and_found_back(self, alloy):
+        objective = tm.Denoise(0.01, strain=0.05)
+        sample = objective.prepare(alloy, np.random.default_rng(0))
+        strain = sample.targets["stress"][0]
+        assert np.array_equal(strain, strain.T)
+        np.testing.assert_allclose(sample.atoms.cell.array, alloy.cell.array @ (np.eye(3) + strain), atol=1e-12)
+        back = sample.atoms.copy()
+        back.positions += sample.targets["forces"]
+        np.testing.assert_allclose(back.get_scaled_positions(wrap=False), alloy.get_scaled_positions(wrap=False))
+
+    def test_a_molecule_has_no_strain(self, molecule):
+        sample = tm.Denoise(strain=0.05).prepare(molecule, np.random.default_rng(0))
+        assert np.isnan(sample.targets["stress"]).all()
+        assert np.isfinite(sample.targets["forces"]).all()
+
+    def test_signs_are_those_of_a_minimum(self):
+        """Of E = noise²/2 + V strain²/2: the force is -noise, the stress +strain."""
+        atoms = Atoms("Cu", cell=[3.0] * 3, pbc=True) * (2, 1, 1)
+        sample = tm.Denoise(0.1, strain=0.05).prepare(atoms, np.random.default_rng(1))
+        stretched = np.diag(sample.atoms.cell.array) > np.diag(atoms.cell.array)
+        assert np.array_equal(np.diag(sample.targets["stress"][0]) > 0, stretched)
+        moved = sample.atoms.get_scaled_positions(wrap=False) - atoms.get_scaled_positions(wrap=False)
+        assert float((moved @ sample.atoms.cell.array * sample.targets["forces"]).sum()) < 0
+
+    def test_every_scale_of_noise_is_drawn(self, alloy):
+        objective = tm.Denoise([0.02, 0.2])
+        drawn = [objective.prepare(alloy, np.random.default_rng(k)) for k in range(40)]
+        assert {float(s.targets["noise"][0]) for s in drawn} == {0.02, 0.2}
+        for sample in drawn:
+            assert 0.4 < np.std(sample.targets["forces"]) / sample.targets["noise"][0] < 1.6
+
+    def test_errors_count_relative_to_their_noise(self, alloy):
+        objective = tm.Denoise([0.02, 0.2])
+        samples = [objective.prepare(alloy, np.random.default_rng(k)) for k in range(12)]
+        batch = to_batch(samples, Cutoff(4.0))
+        total, count = objective.loss({"forces": torch.zeros(batch.targets["forces"].shape)}, batch)["forces"]
+        assert 0.5 < float(total) / int(count) < 1.1  # E|x| of a unit Gaussian is 0.8
+
+    def test_forces_are_told_and_noise_is_learned(self, alloy):
+        forces = np.random.default_rng(0).normal(size=(len(alloy), 3))
+        alloy.arrays["forces"] = forces
+        objective = tm.Denoise(told_forces=True)
+        sample = objective.prepare(alloy, np.random.default_rng(0))
+        assert np.array_equal(sample.inputs["forces"], forces)
+        assert not np.array_equal(sample.targets["forces"], forces)
+        bare = alloy.copy()
+        del bare.arrays["forces"]
+        other = objective.prepare(bare, np.random.default_rng(0))
+        assert not other.inputs["forces"].any()
+        assert np.isnan(other.targets["forces"]).all()
+
+    def test_structures_far_from_equilibrium_are_pointed_out(self, alloy):
+        alloy.arrays["forces"] = np.full((len(alloy), 3), 2.0)
+        (text,) = tm.Denoise().warnings([alloy])
+        assert "the median force is 3.5 eV/Å" in text
+        assert tm.Denoise(told_forces=True).warnings([alloy]) == []
+        alloy.arrays["forces"] *= 0.01
+        assert tm.Denoise().warnings([alloy]) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"sigma": 0.0}, "sigma is 0.0 Å"),
+            ({"sigma": [0.1, -1.0]}, "sigma is -1.0 Å"),
+            ({"sigma": []}, "sigma names no noise"),
+            ({"strain": 0.5}, "strain is 0.5"),
+        ],
+    )
+    def test_senseless_noise_is_refused(self, arguments, words):
+        with pytest.raises(tm.InputError, match=words):
+            tm.Denoise(**arguments)
+
+
+class TestTogether:
+    def test_names_are_plain_where_they_are_clear(self):
+        clear = tm.Together({"gap": tm.Property("gap"), "field": tm.Potential()})
+        assert set(clear.outputs(4)) == {"gap", "energy", "forces", "stress"}
+        levels = tm.Together({"pbe": tm.Potential(), "scan": tm.Potential()})
+        assert set(levels.outputs(4)) == {f"{p}_{n}" for p in ("pbe", "scan") for n in ("energy", "forces", "stress")}
+        assert levels.outputs(4)["scan_forces"] == tm.Gradient("scan_energy")
+
+    def test_a_structure_teaches_the_part_that_it_is_for(self, alloy):
+        alloy.info |= {"energy": -3.0, "part": "scan"}
+        sample = tm.Together({"pbe": tm.Potential(), "scan": tm.Potential()}).prepare(alloy, np.random.default_rng(0))
+        assert np.isnan(sample.targets["pbe energy"]).all()
+        assert sample.targets["scan energy"] == [-3.0]
+
+    def test_one_view_is_drawn_where_parts_see_other_structures(self, alloy):
+        alloy.info["energy"] = -3.0
+        objective = tm.Together({"field": tm.Potential(), "noise": tm.Denoise(conservative=False)})
+        seen = set()
+        for k in range(20):
+            sample = objective.prepare(alloy, np.random.default_rng(k))
+            clean = np.array_equal(sample.atoms.positions, alloy.positions)
+            assert np.isfinite(sample.targets["field energy"]).all() == clean
+            assert np.isfinite(sample.targets["noise forces"]).all() == (not clean)
+            seen.add(clean)
+        assert seen == {True, False}
+
+    def test_weights_multiply_the_terms(self, alloy):
+        alloy.info["energy"] = -3.0
+        totals = []
+        for weights in (None, {"b": 0.25}):
+            objective = tm.Together({"a": tm.Potential(1.0, 0, 0), "b": tm.Potential(1.0, 0, 0)}, weights)
+            batch = to_batch([objective.prepare(alloy, np.random.default_rng(0))], Cutoff(4.0))
+            outputs = {name: torch.zeros(1) for name in ("a_energy", "b_energy")}
+            totals.append({name: float(total) for name, (total, _) in objective.loss(outputs, batch).items()})
+        assert totals[1] == {"a energy": totals[0]["a energy"], "b energy": totals[0]["b energy"] / 4}
+
+    def test_senseless_parts_are_refused(self):
+        for arguments, words in (
+            ({"parts": {}}, "nothing to learn together"),
+            ({"parts": {"a b": tm.Potential()}}, "'a b' cannot name a part"),
+            ({"parts": {"a": 3}}, "the part 'a' is 3"),
+            ({"parts": {"a": tm.Potential()}, "weights": {"b": 1.0}}, "weight for 'b', but the parts are a"),
+        ):
+            with pytest.raises(tm.InputError, match=words):
+                tm.Together(**arguments)

@@ -452,3 +452,104 @@ class TestWhatAnalysisFound:
         assert 0 <= tm.evaluate(model, structures, verbose=False)["kind"]["accuracy"] <= 1
         with pytest.raises(tm.InputError, match="name all classes"):
             tm.pretrain(structures, tm.Property("kind", task="classification"), painn(), steps=2, verbose=False)
+
+
+class TestTogether:
+    """Two levels of theory, or a property beside a force field, in one run."""
+
+    def levels(self):
+        pbe, scan = alloys(10), alloys(10)
+        for atoms in scan:
+            atoms.calc = SinglePointCalculator(
+                atoms, energy=atoms.get_potential_energy() - 7.0 * len(atoms), forces=atoms.get_forces()
+            )
+        return {"pbe": pbe, "scan": scan[:6]}
+
+    def model(self, **options):
+        objective = tm.Together({"pbe": tm.Potential(), "scan": tm.Potential()})
+        return tm.pretrain(self.levels(), objective, painn(), **{"steps": 30, "lr": 0.01, **QUICK, **options})
+
+    def test_each_level_has_its_own_references(self):
+        model = self.model()
+        atoms = alloys(1)[0]
+        energies = [tm.Calculator(model, part=part).get_potential_energy(atoms) for part in ("pbe", "scan")]
+        assert (energies[0] - energies[1]) / len(atoms) == pytest.approx(7.0, abs=0.5)
+
+    def test_a_part_must_be_chosen_and_is_the_whole_in_use(self, tmp_path):
+        self.model(out=tmp_path / "run")
+        model = tm.load(tmp_path / "run/model.safetensors")
+        scan = self.levels()["scan"]
+        for use in (
+            lambda: tm.Calculator(model),
+            lambda: tm.evaluate(model, scan, verbose=False),
+            lambda: tm.predict(model, scan, verbose=False),
+            lambda: tm.finetune(model, scan, tm.Potential(), steps=5, **QUICK),
+        ):
+            with pytest.raises(tm.InputError, match="choose one with part .--part.: pbe or scan"):
+                use()
+        with pytest.raises(tm.InputError, match="no part 'b3lyp': it has pbe, scan"):
+            tm.Calculator(model, part="b3lyp")
+        errors = tm.evaluate(model, scan, part="scan", verbose=False)
+        others = tm.evaluate(model, scan, part="pbe", verbose=False)
+        assert errors["energy_per_atom"]["mae"] < 1 < 6 < others["energy_per_atom"]["mae"] < 8
+        assert {"pbe energy_per_atom", "scan forces"} <= model.card["metrics"]["validation"].keys()
+        predicted = tm.predict(model, scan, part="scan", verbose=False)
+        tuned = tm.finetune(model, scan, tm.Potential(), part="scan", align=False, steps=0, **QUICK)
+        for one, other in zip(predicted, tm.predict(tuned, scan, verbose=False), strict=True):
+            assert one.get_potential_energy() == pytest.approx(other.get_potential_energy())
+
+    def test_a_property_keeps_its_force_field(self):
+        base = tm.pretrain(alloys(8), tm.Potential(), painn(), steps=20, **QUICK)
+        gaps = alloys(8)
+        for atoms in gaps:
+            atoms.info["gap"] = float(atoms.get_volume()) / len(atoms)
+            atoms.calc = None
+        objective = tm.Together({"gap": tm.Property("gap"), "field": tm.Potential()}, {"field": 0.1})
+        model = tm.finetune(base, {"gap": gaps, "field": alloys(8)}, objective, steps=5, **QUICK)
+        assert set(model.outputs) == {"gap", "energy", "forces", "stress"}
+        assert model.card["history"][-1]["alignment"]["kept heads"] == ["energy"]
+        errors = tm.evaluate(model, gaps, verbose=False)
+        assert "gap" in errors
+        assert tm.Calculator(model).get_potential_energy(alloys(1)[0]) < 1e3
+
+    def test_kept_heads_of_parts_are_aligned(self):
+        model = self.model()
+        levels = self.levels()
+        for atoms in levels["scan"]:
+            atoms.calc.results["energy"] += 2.0 * len(atoms)
+        objective = tm.Together({"pbe": tm.Potential(), "scan": tm.Potential()})
+        base = model
+        base.card.pop("parts")  # all of it is the base
+        moved = tm.finetune(base, levels, objective, steps=0, **QUICK)
+        shift = moved.heads["scan_energy"].references - model.heads["scan_energy"].references
+        present = sorted(set(levels["scan"][0].numbers))
+        assert shift[present].mean() == pytest.approx(2.0, abs=0.3)
+
+    def test_names_that_are_no_parts_are_refused(self):
+        objective = tm.Together({"a": tm.Potential(), "b": tm.Potential()})
+        with pytest.raises(tm.InputError, match="'c' is not a part of this objective, which has a, b"):
+            tm.pretrain({"c": alloys(3)}, objective, painn(), steps=5, **QUICK)
+        with pytest.raises(tm.InputError, match="only Together has parts"):
+            tm.pretrain({"a": alloys(3)}, tm.Potential(), painn(), steps=5, **QUICK)
+
+    def test_runs_resume_and_finish(self, tmp_path):
+        once = self.model(out=tmp_path / "a")
+        again = self.model(out=tmp_path / "a")
+        for name, value in once.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name])
+
+
+def test_a_model_that_was_told_forces_can_do_without(tmp_path):
+    base = tm.pretrain(alloys(8), tm.Denoise(told_forces=True), painn(), steps=20, **QUICK)
+    assert base.backbone.vector_inputs == ("forces",)
+    model = tm.finetune(base, alloys(8), tm.Potential(), out=tmp_path / "run", steps=5, **QUICK)
+    atoms = alloys(1)[0]
+    assert tm.Calculator(tmp_path / "run/model.safetensors").get_potential_energy(atoms) == pytest.approx(
+        tm.Calculator(model).get_potential_energy(atoms)
+    )
+
+
+def test_an_existing_model_can_be_told_forces():
+    base = tm.pretrain(alloys(8), tm.Potential(), painn(), steps=5, **QUICK)
+    model = tm.finetune(base, alloys(8), tm.Denoise(told_forces=True), steps=5, **QUICK)
+    assert model.backbone.vector_inputs == ("forces",)

@@ -10,7 +10,7 @@ from .errors import InputError
 from .evaluate import evaluate, predict
 from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
 from .model import Gradient, Model, Strain, load
-from .objectives import Denoise, Objective, Potential, Property
+from .objectives import Denoise, Objective, Potential, Property, Together
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
 
@@ -37,6 +37,7 @@ __all__ = [
     "Strain",
     "TensorHead",
     "TensorNet",
+    "Together",
     "TrainConfig",
     "VectorHead",
     "crystals",

@@ -27,6 +27,7 @@ class Calculator(AseCalculator):
         allow_unseen: predict on elements that the model never saw in training, instead of refusing.
         skin: how many Å further than the cutoff neighbours are searched, so that none are searched again until an atom
             has moved by half of it or the cell has changed; results do not depend on it, and zero searches every time.
+        part: which part of a model that learned several objectives, each with its own energy.
 
     Raises:
         InputError: when the model has no energy, or is asked about elements it never saw.
@@ -40,10 +41,12 @@ class Calculator(AseCalculator):
         device: str = "auto",
         allow_unseen: bool = False,
         skin: float = 1.0,
+        part: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.model = (model if isinstance(model, Model) else load(model)).to(chosen_device(device)).eval()
+        model = (model if isinstance(model, Model) else load(model)).whole(part)
+        self.model = model.to(chosen_device(device)).eval()
         meaning = self.model.card.get("quantities", {}).get("energy", ["energy", "eV"])
         if "energy" not in self.model.outputs or meaning[0] != "energy":
             raise InputError("this model predicts no energy: train it with the Potential objective to use it in ASE")

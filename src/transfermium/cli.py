@@ -23,7 +23,7 @@ from .backbones import Backbone, TensorNet
 from .console import console, table
 from .errors import InputError
 from .model import described, subclasses
-from .objectives import Objective
+from .objectives import Objective, Together
 from .train import TrainConfig
 
 Arguments = dict[str, Any]
@@ -72,7 +72,7 @@ def pretrain(arguments: Arguments) -> None:
     _check_out("pretrain", arguments)
     arguments["backbone"] = arguments["backbone"] or TensorNet()
     _show_configuration("pretrain", arguments)
-    run(arguments.pop("data"), **_with_pairs(arguments))
+    run(_by_part(arguments.pop("data"), arguments["objective"]), **_with_pairs(_valid_by_part(arguments)))
     _report(arguments)
 
 
@@ -82,7 +82,8 @@ def finetune(arguments: Arguments) -> None:
 
     _check_out("finetune", arguments)
     _show_configuration("finetune", arguments)
-    run(arguments.pop("base"), arguments.pop("data"), **_with_pairs(arguments))
+    data = _by_part(arguments.pop("data"), arguments["objective"])
+    run(arguments.pop("base"), data, **_with_pairs(_valid_by_part(arguments)))
     _report(arguments)
 
 
@@ -230,9 +231,12 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     if base:
         parser.add_argument("base", type=str, help="model file to start from")
-    parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    parser.add_argument(
+        "data", nargs="+", type=str, help="structures: files, folders, packed sets; for Together also PART=FILE"
+    )
     parser.add_subclass_arguments(Objective, "objective", required=True, help="what to learn")
     if base:
+        _part_argument(parser)
         parser.add_argument("--align", type=bool, default=True, help="fit reference energies to the new labels first")
     else:
         help = "the architecture, TensorNet by default"
@@ -270,6 +274,7 @@ def _model_parser() -> Parser:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("model", type=str, help="model file")
     parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    _part_argument(parser)
     parser.add_argument("--edges", type=int, default=10_000, help="most edges in a batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
     return parser
@@ -297,6 +302,10 @@ def _demo_parser() -> Parser:
     return parser
 
 
+def _part_argument(parser: Parser) -> None:
+    parser.add_argument("--part", type=str, default=None, help="of a model that learned several objectives: which one")
+
+
 def _label_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--label", nargs="+", type=str, action="extend", default=[], metavar="NAME=KEY", help="the key of a label"
@@ -310,6 +319,25 @@ def _label_arguments(parser: Parser) -> None:
         metavar="NAME=UNIT",
         help="the unit that a label is given in",
     )
+
+
+def _by_part(sources: list[str], objective: Objective) -> list[str] | dict[str, list[str]]:
+    """Sources as they are, or those of each part where they are given as PART=FILE."""
+    parts = objective.parts if isinstance(objective, Together) else {}
+    named = [source.partition("=") for source in sources]
+    if not parts or not any(name in parts for name, equals, _ in named if equals):
+        return sources
+    found: dict[str, list[str]] = {}
+    for source, (name, equals, path) in zip(sources, named, strict=True):
+        if not equals or name not in parts:
+            raise InputError(f"'{source}' is for no part: give all structures as PART=FILE, of {', '.join(parts)}")
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def _valid_by_part(arguments: Arguments) -> Arguments:
+    valid = arguments.get("valid")
+    return {**arguments, "valid": _by_part(valid, arguments["objective"])} if valid else arguments
 
 
 def _with_pairs(arguments: Arguments) -> Arguments:

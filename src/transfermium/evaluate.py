@@ -24,7 +24,7 @@ from .data.read import Source, read
 from .errors import InputError
 from .graph import to_batch, to_graph
 from .model import Model, load, rebuilt, write_whole
-from .objectives import Objective, Property
+from .objectives import Objective, Property, Together
 from .train import chosen_device, in_parts
 
 T = TypeVar("T")
@@ -36,6 +36,7 @@ def evaluate(
     model: str | Path | Model,
     structures: Source,
     *,
+    part: str | None = None,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
     edges: int = 10_000,
@@ -47,6 +48,9 @@ def evaluate(
 
     Keys and units that were named in training are used again, and said so, unless others are named.
 
+    Args:
+        part: which part of a model that learned several objectives, each with its own energy.
+
     Returns:
         `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom
         ("energy_per_atom"), eV/Å ("forces") and eV/Å^3 ("stress"), or in the unit of a property; classes have
@@ -56,9 +60,11 @@ def evaluate(
         InputError: when no structure has such a label.
     """
     distributed.join()
-    model = model if isinstance(model, Model) else load(model)
-    objective = objective_of(model).comparable()
+    model = (model if isinstance(model, Model) else load(model)).whole(part)
     given = read(structures)
+    objective = objective_of(model).comparable()
+    if isinstance(objective, Together):
+        return _of_parts(model, objective, given, label, unit, edges, device, seed, verbose)
     wanted = objective.labels()
     label, unit = _as_in_training(model, given, label or {}, unit or {}, verbose)
     either = list(wanted) if len(wanted) > 1 else []  # whatever it was trained on, any of its labels can be compared
@@ -74,6 +80,35 @@ def evaluate(
     model = model.to(chosen_device(device)).eval()
     pairs = compared(model, objective, labelled, edges, seed, quiet=not verbose)
     return {"n": len(labelled), **scores(model, objective, pairs, [atoms.numbers for atoms in given])}
+
+
+def _of_parts(
+    model: Model,
+    objective: Together,
+    given: Sequence[ase.Atoms],
+    label: Mapping[str, str] | None,
+    unit: Mapping[str, str] | None,
+    *options: Any,
+) -> dict[str, Any]:
+    """Errors of each part whose labels the structures have."""
+    edges, device, seed, verbose = options
+    result: dict[str, Any] = {"n": len(given)}
+    missing = []
+    for name, part in objective.parts.items():
+        wanted = part.comparable().labels()
+        own = [{k: v for k, v in (named or {}).items() if k in wanted} for named in (label, unit)]
+        try:
+            found = evaluate(
+                model.part(name), given, label=own[0], unit=own[1], edges=edges, device=device, seed=seed,
+                verbose=verbose,
+            )  # fmt: skip
+        except InputError as error:
+            missing.append(str(error))
+            continue
+        result |= {key: value for key, value in found.items() if key != "n"}
+    if len(missing) == len(objective.parts):
+        raise InputError(missing[0])
+    return result
 
 
 Pairs = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # output -> (label, prediction) of each structure, in order
@@ -130,6 +165,7 @@ def predict(
     structures: Source,
     out: str | Path | None = None,
     *,
+    part: str | None = None,
     edges: int = 10_000,
     device: str = "auto",
     verbose: bool = True,
@@ -142,9 +178,10 @@ def predict(
 
     Args:
         out: an extended XYZ or, by its ending, a CSV file with one line per structure.
+        part: which part of a model that learned several objectives, each with its own energy.
     """
     distributed.join()
-    model = model if isinstance(model, Model) else load(model)
+    model = (model if isinstance(model, Model) else load(model)).whole(part)
     given = read(structures)
     ending = Path(out).suffix.lower() if out is not None else ".extxyz"
     if ending not in (".extxyz", ".xyz", ".csv"):
@@ -162,8 +199,8 @@ def predict(
         return {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
 
     predicted: dict[int, ase.Atoms] = {}
-    for part in _shared(_parts(model, given, edges), work, given, "predicting", not verbose):
-        predicted |= part
+    for some in _shared(_parts(model, given, edges), work, given, "predicting", not verbose):
+        predicted |= some
     results = [predicted[index] for index in range(len(given))]
     if out is not None and distributed.rank() == 0:
         text = io.StringIO()

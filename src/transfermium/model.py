@@ -97,15 +97,54 @@ class Model(nn.Module):
             direct = [name for name in wanted if name in self.heads]
             roots = dict.fromkeys(derivative.of for derivative in derived.values())
             results = self._evaluate(graph, dict.fromkeys([*direct, *roots]))
-            for of in roots:
+            for number, of in enumerate(roots, start=1):
                 names = {name: d for name, d in derived.items() if d.of == of}
-                results |= self._differentiate(results[of], names, graph.cell, leaves)
+                again = self.training or number < len(roots)
+                results |= self._differentiate(results[of], names, graph.cell, leaves, again)
         if not self.training:
             results = {name: value.detach() for name, value in results.items()}
         return {name: results[name] for name in wanted}
 
     def __call__(self, graph: AtomGraph, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
         return super().__call__(graph, wanted)
+
+    def part(self, name: str) -> Model:
+        """This model as what one of several objectives made it, with outputs by their own names; weights are shared.
+
+        Raises `InputError` when it has no part of this name.
+        """
+        parts = self.card.get("parts", {})
+        if name not in parts:
+            raise InputError(f"this model has no part '{name}': it has {', '.join(parts) or 'none, leave it out'}")
+        own = {full: short for short, full in parts[name]["outputs"].items()}
+        outputs = {
+            short: output if isinstance(output, Head) else type(output)(own[output.of])
+            for full, short in own.items()
+            for output in [self.outputs[full]]
+        }
+        with torch.random.fork_rng(devices=[]):
+            model = Model(self.backbone, outputs, {**self.card, **parts[name]["card"]})
+        del model.card["parts"]
+        if model.bond_vectors is not None:
+            model.bond_vectors = self.bond_vectors
+        return model.train(self.training)
+
+    def whole(self, part: str | None = None) -> Model:
+        """The model to be used: the part that is named, or all of it where there is nothing to choose between.
+
+        Raises `InputError` when there is, and no part is named.
+        """
+        if part is not None:
+            return self.part(part)
+        several = [
+            name
+            for name, found in self.card.get("parts", {}).items()
+            if any(k != v for k, v in found["outputs"].items())
+        ]
+        if several:
+            names = " or ".join(several)
+            raise InputError(f"this model has several answers: choose one with part (--part): {names}")
+        return self
 
     def per_atom(self, name: str) -> bool:
         """Whether an output has one row per atom, rather than one per structure."""
@@ -129,12 +168,21 @@ class Model(nn.Module):
         return {name: head(features, graph) for name, head in heads.items()}
 
     def _differentiate(
-        self, values: Tensor, names: Mapping[str, Gradient | Strain], cell: Tensor, leaves: Mapping[type, Tensor]
+        self,
+        values: Tensor,
+        names: Mapping[str, Gradient | Strain],
+        cell: Tensor,
+        leaves: Mapping[type, Tensor],
+        again: bool,
     ) -> dict[str, Tensor]:
-        """Forces -dE/dr and stress dE/dε / V, in one backward pass."""
+        """Forces -dE/dr and stress dE/dε / V, in one backward pass; `again` when others will follow."""
         kinds = list(dict.fromkeys(type(d) for d in names.values()))
         gradients = torch.autograd.grad(
-            values.sum(), [leaves[kind] for kind in kinds], create_graph=self.training, materialize_grads=True
+            values.sum(),
+            [leaves[kind] for kind in kinds],
+            create_graph=self.training,
+            retain_graph=again,
+            materialize_grads=True,
         )
         by_kind = dict(zip(kinds, gradients, strict=True))
         return {
@@ -201,12 +249,20 @@ def described(thing: Any) -> dict[str, Any]:
             f"{type(thing).__name__} does not remember its argument '{forgotten[0]}': keep each constructor argument "
             "as an attribute of the same name"
         )
-    return {"class": type(thing).__name__, "arguments": {name: getattr(thing, name) for name in names}}
+    return {"class": type(thing).__name__, "arguments": {name: _plain(getattr(thing, name)) for name in names}}
 
 
-def copied(thing: Any) -> Any:
-    """A new object of the same class and arguments, with new weights."""
-    return type(thing)(**described(thing)["arguments"])
+def _plain(value: Any) -> Any:
+    """An argument as JSON can hold it: objects, also those in a mapping, are described."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return described(value) if hasattr(value, "outputs") else value
+
+
+def copied(thing: Any, **changes: Any) -> Any:
+    """A new object of the same class and arguments, with new weights; `changes` are of arguments."""
+    arguments = {name: getattr(thing, name) for name in described(thing)["arguments"]}
+    return type(thing)(**{**arguments, **changes})
 
 
 def rebuilt(spec: Mapping[str, Any], base: type) -> Any:
@@ -214,7 +270,16 @@ def rebuilt(spec: Mapping[str, Any], base: type) -> Any:
     known = {cls.__name__: cls for cls in subclasses(base)}
     if spec["class"] not in known:
         raise InputError(f"the class {spec['class']} is not known here: import the module that defines it first")
-    return known[spec["class"]](**spec["arguments"])
+    arguments = {name: _rebuilt_argument(value, base) for name, value in spec["arguments"].items()}
+    return known[spec["class"]](**arguments)
+
+
+def _rebuilt_argument(value: Any, base: type) -> Any:
+    if isinstance(value, Mapping):
+        if value.keys() == {"class", "arguments"}:
+            return rebuilt(value, base)
+        return {key: _rebuilt_argument(item, base) for key, item in value.items()}
+    return value
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

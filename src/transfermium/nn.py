@@ -23,6 +23,11 @@ def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def plus(x: Tensor, more: Tensor | None) -> Tensor:
+    """The sum, where there is something to add."""
+    return x if more is None else x + more
+
+
 class NodeInputs(nn.Module):
     """Who each atom is: its element, plus named inputs of the graph that start without any effect.
 
@@ -55,6 +60,41 @@ class NodeInputs(nn.Module):
             torch._assert_async((numbers <= self.elements).all(), f"an element is beyond this model's table: {advice}")
         elif len(numbers) and (highest := int(numbers.max())) > self.elements:
             raise InputError(f"element {highest} is beyond this model's table of {self.elements} elements: {advice}")
+
+
+class VectorInputs(nn.Module):
+    """Named vectors of the graph, such as forces that a model is told: their lengths as scalars, and the vectors.
+
+    They start without any effect, and have none where they are zero or not given, so that a model that was told forces
+    in pre-training can do without later.
+
+    Args:
+        width: channels of scalars and of vectors.
+        names: of the vectors in `AtomGraph.inputs`, (n_atoms, 3) each.
+        directed: for backbones that have vectors; others see lengths only.
+    """
+
+    def __init__(self, width: int, names: Sequence[str] = (), directed: bool = True):
+        super().__init__()
+        self.lengths = nn.ModuleDict({name: nn.Linear(2, width, bias=False) for name in names})
+        self.directions = nn.ModuleDict({name: nn.Linear(2, width, bias=False) for name in names if directed})
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+
+    def forward(self, graph: AtomGraph) -> tuple[Tensor | None, Tensor | None]:
+        """Scalars (n_atoms, width) and vectors (n_atoms, 3, width); None where the graph has none of them."""
+        scalars: Tensor | None = None
+        vectors: Tensor | None = None
+        for name in self.lengths:
+            if name in graph.inputs:
+                vector = graph.inputs[name]
+                length2 = vector.square().sum(dim=1, keepdim=True)
+                size = torch.cat([length2 / (1 + length2), torch.log1p(length2)], dim=1)  # forces span some decades
+                scalars = plus(self.lengths[name](size), scalars)
+                if name in self.directions:
+                    bounded = torch.cat([torch.ones_like(length2), size[:, 1:]], dim=1) * torch.rsqrt(1 + length2)
+                    vectors = plus(vector.unsqueeze(2) * self.directions[name](bounded).unsqueeze(1), vectors)
+        return scalars, vectors
 
 
 class Gaussians(nn.Module):

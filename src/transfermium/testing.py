@@ -22,11 +22,13 @@ from .graph import AtomGraph, Batch, Sample, to_batch, to_graph
 from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
 from .model import Gradient, Model, Output, Strain, copied, described, load, rebuilt
 from .objectives import Objective
+from .objectives.base import told
 
 Outputs = dict[str, np.ndarray]
 Law = Callable[..., None]
 Move = Callable[[ase.Atoms, np.ndarray], ase.Atoms]
 
+VECTORS = "vectors told"  # array of the structures below
 STEP = 1e-4  # Å, or strain: of finite differences, and of the step across a cutoff
 
 
@@ -106,7 +108,7 @@ def check_objective(
     _hold(settled, [arguments_are_readable], settled, Objective)
     model = _objective_model(settled, model.backbone)
     for name, head in model.heads.items():
-        head.calibrate(name, samples)  # type: ignore[operator]
+        head.calibrate(*settled.calibration(name, samples))  # type: ignore[operator]
     _hold(objective, LAWS_OF_LOSSES, settled, model, structures)
 
 
@@ -352,21 +354,23 @@ def chance_is_an_argument(objective: Objective, model: Model, structures: Sequen
 
 
 def targets_are_outputs(objective: Objective, model: Model, structures: Sequence[ase.Atoms]) -> None:
-    """Targets are named as outputs and have a leading axis of atoms, or of one structure"""
+    """Outputs are wanted for targets, which have a leading axis of atoms, or of one structure"""
     for atoms in structures:
         sample = _prepared(objective, atoms)
-        for name, target in sample.targets.items():
+        for name in objective.wanted(sample.targets):
             _claim(name in model.outputs, f"'{name}' is no output: there are {', '.join(model.outputs)}")
-            rows = len(sample.atoms) if model.per_atom(name) else 1
+        for name, target in sample.targets.items():
+            per_atom = model.per_atom(name) if name in model.outputs else None
+            rows = [1] * (per_atom is not True) + [len(sample.atoms)] * (per_atom is not False)
             shape = np.shape(target)
-            _claim(shape[:1] == (rows,), f"'{name}' has the shape {shape} for {len(sample.atoms)} atoms")
+            _claim(bool(shape) and shape[0] in rows, f"'{name}' has the shape {shape} for {len(sample.atoms)} atoms")
 
 
 def losses_are_sums_and_counts(objective: Objective, model: Model, structures: Sequence[ase.Atoms]) -> None:
     """Every term is a finite sum over present labels with their count, and can be differentiated"""
     batch = _batch(objective, model, structures)
     model = copy.deepcopy(model).train()
-    terms = objective.loss(model(batch.graph, batch.targets), batch)
+    terms = objective.loss(model(batch.graph, objective.wanted(batch.targets)), batch)
     _claim(bool(terms), "there are no terms")
     for name, (total, count) in terms.items():
         _claim(total.dim() == 0 and bool(torch.isfinite(total)), f"the sum of '{name}' is {total}")
@@ -408,7 +412,7 @@ def learning_lowers_the_loss(objective: Objective, model: Model, structures: Seq
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        terms = objective.loss(model(batch.graph, batch.targets), batch)
+        terms = objective.loss(model(batch.graph, objective.wanted(batch.targets)), batch)
         loss = torch.stack([total / count for total, count in terms.values() if count]).sum()
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
@@ -481,24 +485,30 @@ def _crystal() -> ase.Atoms:
     atoms = bulk("BN", "zincblende", a=3.62)
     atoms.set_cell(atoms.cell.array @ [[1.02, 0.03, 0.0], [0.0, 0.97, -0.02], [0.01, 0.0, 1.0]], scale_atoms=True)
     atoms.positions[1] += [0.08, -0.05, 0.11]
-    return atoms
+    return _with_vectors(atoms)
 
 
 def _molecule() -> ase.Atoms:
     """Chiral, so that its mirror image is another one."""
     positions = [[0.0, 0.0, 0.0], [1.2, 0.1, 0.0], [-0.3, 1.0, 0.2], [0.2, 0.4, 1.3]]
-    return ase.Atoms("COHN", positions)
+    return _with_vectors(ase.Atoms("COHN", positions))
 
 
 def _slab() -> ase.Atoms:
     """Periodic in two directions, with a third cell vector that means nothing."""
     positions = [[0.0, 0.0, 0.0], [0.9, 0.8, 1.5]]
     cell = [[2.6, 0.2, 0.0], [-0.4, 2.9, 0.1], [0.0, 0.0, 7.0]]
-    return ase.Atoms("BC", positions, cell=cell, pbc=[True, True, False])
+    return _with_vectors(ase.Atoms("BC", positions, cell=cell, pbc=[True, True, False]))
 
 
 def _lone_atom() -> ase.Atoms:
-    return ase.Atoms("O", positions=[[0.1, 0.2, 0.3]])
+    return _with_vectors(ase.Atoms("O", positions=[[0.1, 0.2, 0.3]]))
+
+
+def _with_vectors(atoms: ase.Atoms) -> ase.Atoms:
+    """With vectors for backbones that may be told some."""
+    atoms.set_array(VECTORS, np.random.default_rng(len(atoms)).normal(scale=2.0, size=(len(atoms), 3)))
+    return atoms
 
 
 def _nothing() -> ase.Atoms:
@@ -512,7 +522,9 @@ def _rotation() -> np.ndarray:
 
 
 def _turned(atoms: ase.Atoms, matrix: np.ndarray) -> ase.Atoms:
-    return ase.Atoms(atoms.numbers, atoms.positions @ matrix.T, cell=atoms.cell.array @ matrix.T, pbc=atoms.pbc)
+    turned = ase.Atoms(atoms.numbers, atoms.positions @ matrix.T, cell=atoms.cell.array @ matrix.T, pbc=atoms.pbc)
+    turned.set_array(VECTORS, _vectors(atoms) @ matrix.T)
+    return turned
 
 
 def _turned_rows(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -530,11 +542,15 @@ def _growth(head: Any, once: np.ndarray, twice: np.ndarray) -> int:
 
 
 def _displaced(atoms: ase.Atoms, step: np.ndarray) -> ase.Atoms:
-    return ase.Atoms(atoms.numbers, atoms.positions + step, cell=atoms.cell, pbc=atoms.pbc)
+    moved = atoms.copy()
+    moved.positions += step
+    return moved
 
 
 def _strained(atoms: ase.Atoms, step: np.ndarray) -> ase.Atoms:
-    return _turned(atoms, np.eye(3) + (step + step.T) / 2)
+    strained = _turned(atoms, np.eye(3) + (step + step.T) / 2)
+    strained.set_array(VECTORS, _vectors(atoms))  # what a model is told stays
+    return strained
 
 
 def _slopes(model: Model, name: str, atoms: ase.Atoms, moved: Move, shape: tuple[int, int]) -> np.ndarray:
@@ -546,9 +562,20 @@ def _slopes(model: Model, name: str, atoms: ase.Atoms, moved: Move, shape: tuple
 
 
 def _graph(backbone: Backbone, structures: Sequence[ase.Atoms]) -> AtomGraph:
-    """A graph with the inputs that the backbone is named to take, made up from the elements."""
-    names = getattr(backbone, "inputs", ())
-    return to_graph(structures, backbone.edges, [dict.fromkeys(names, a.numbers[:, None] / 10) for a in structures])
+    """A graph with the inputs that the backbone takes: scalars made up from the elements, vectors where there are."""
+    inputs = [
+        {
+            **dict.fromkeys(getattr(backbone, "inputs", ()), atoms.numbers[:, None] / 10),
+            **dict.fromkeys(getattr(backbone, "vector_inputs", ()), _vectors(atoms)),
+        }
+        for atoms in structures
+    ]
+    return to_graph(structures, backbone.edges, inputs)
+
+
+def _vectors(atoms: ase.Atoms) -> np.ndarray:
+    found: np.ndarray = atoms.arrays.get(VECTORS, np.zeros((len(atoms), 3)))
+    return found
 
 
 def _outputs(model: Model, *structures: ase.Atoms, wanted: Sequence[str] | None = None) -> Outputs:
@@ -569,7 +596,7 @@ def _moved_weights(model: Model) -> Model:
 def _objective_model(objective: Objective, backbone: Backbone) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Model(copied(backbone), objective.outputs(backbone.width)).double().eval()
+        return Model(told(backbone, objective), objective.outputs(backbone.width)).double().eval()
 
 
 def _prepared(objective: Objective, atoms: ase.Atoms, seed: int = 0) -> Sample:
@@ -581,20 +608,21 @@ def _batch(objective: Objective, model: Model, structures: Sequence[ase.Atoms]) 
 
 
 def _terms(objective: Objective, model: Model, batch: Batch) -> dict[str, tuple[float, float]]:
-    terms = objective.loss(model(batch.graph, batch.targets), batch)
+    terms = objective.loss(model(batch.graph, objective.wanted(batch.targets)), batch)
     return {name: (float(total.detach()), float(count)) for name, (total, count) in terms.items()}
 
 
 def _labelled(atoms: ase.Atoms, objective: Objective, model: Model) -> ase.Atoms:
     """The structure with a label wherever it has a finite output: zero or one, or random vectors and tensors."""
-    targets = _prepared(objective, atoms).targets
-    labels = {name: targets[name] for name in objective.labels() if name in targets}
-    outputs = _outputs(model, atoms, wanted=list(labels))
+    targets = {name.rpartition(" ")[2]: target for name, target in _prepared(objective, atoms).targets.items()}
+    full = {name: o for name in objective.labels() for o in model.outputs if o == name or o.endswith(f"_{name}")}
+    labels = {name: targets[name] for name in full if name in targets}
+    outputs = {name: _outputs(model, atoms, wanted=[full[name]])[full[name]] for name in labels}
     rng = np.random.default_rng(len(atoms))
     for name, target in labels.items():
         if not np.isfinite(outputs[name]).all():
             continue
-        per_atom = model.per_atom(name)
+        per_atom = model.per_atom(full[name])
         label = rng.normal(size=target.shape) if target.ndim > 1 else (atoms.numbers if per_atom else len(atoms)) % 2
         if per_atom:
             atoms.set_array(name, np.asarray(label))

@@ -161,7 +161,7 @@ def evaluate_loss(model: Model, batches: Batches, members: Sequence[np.ndarray])
 
     def work(part: np.ndarray) -> dict[str, tuple[float, float]]:
         batch = batches[0, part].to(device_of(model))
-        terms = batches.objective.loss(model(batch.graph, batch.targets), batch)
+        terms = batches.objective.loss(model(batch.graph, batches.objective.wanted(batch.targets)), batch)
         return {name: (float(total.detach()), float(count)) for name, (total, count) in terms.items()}
 
     for part in distributed.own(members):
@@ -397,7 +397,7 @@ class _Run:
 
     def _terms(self, batch: Batch) -> Loss:
         """The terms of the loss of a batch, and outputs of no rows that say what they were computed from."""
-        outputs = self.model(batch.graph, batch.targets)
+        outputs = self.model(batch.graph, self.batches.objective.wanted(batch.targets))
         self.like = {name: output.new_empty((0, *output.shape[1:])) for name, output in outputs.items()}
         return self.batches.objective.loss(outputs, batch)
 

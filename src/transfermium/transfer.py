@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -24,7 +24,7 @@ from .data.columns import codes, count_elements, elements, has, isolated_atoms, 
 from .data.labels import Labelled, Labels, resolve
 from .data.load import CALIBRATION, count_edges, plan, rng_of
 from .data.read import Source, read
-from .data.sequences import Subset
+from .data.sequences import Joined, Subset
 from .data.split import Split, by_key, found_split_keys, split
 from .errors import InputError
 from .evaluate import compared, scores, without_elements
@@ -38,23 +38,25 @@ from .heads import (
     labelled_totals,
     values,
 )
-from .model import Model, copied, described, load
-from .objectives import Objective
+from .model import Model, described, load
+from .objectives import Objective, Together
+from .objectives.base import told
 from .rehearsal import rehearse
 from .run import claim, fingerprint, write_json
 from .train import Progress, TrainConfig, chosen_device, read_metrics, train
 
 MOST_SAMPLES = 10_000  # structures that references and scales are fitted on
+MOST_WARNED = 500  # that are looked at for what a user should know
 MOST_POINTS = 2_000  # of a parity plot
 
 
 def pretrain(
-    structures: Source,
+    structures: Source | Mapping[str, Source],
     objective: Objective,
     backbone: Backbone | None = None,
     *,
     out: str | Path | None = None,
-    valid: Source | None = None,
+    valid: Source | Mapping[str, Source] | None = None,
     valid_fraction: float = 0.1,
     split_by: str = "auto",
     split_key: str | None = None,
@@ -67,7 +69,7 @@ def pretrain(
     """Train a new model on any objective.
 
     Args:
-        structures: files, folders or `ase.Atoms`.
+        structures: files, folders or `ase.Atoms`; for `Together`, also names of its parts to such.
         objective: what to learn.
         backbone: the architecture, TensorNet(64, 2) by default; its weights are drawn anew from `seed`.
         out: run folder; the same call goes on where a killed one stopped, and returns at once when it had finished.
@@ -77,7 +79,8 @@ def pretrain(
             split.json of an earlier run on the same structures.
         split_key: info key that says where each structure belongs ("train", "val", "test"), or KEY=VALUE for the value
             that is the test set, such as "test_fold=0"; test structures are left out.
-        label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}.
+        label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}; of one part of several, as
+            {"pbesol.energy": "E_pbesol"}.
         unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
         dry_run: only say what the run would take, or what is left of it where `out` holds a part of it, measured on a
             few steps; nothing is written. The model that is returned was not trained; its card has the numbers under
@@ -93,7 +96,14 @@ def pretrain(
     backbone = TensorNet() if backbone is None else backbone
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
-    asked = {"verb": "pretrain", "backbone": described(backbone), **data.asked, "train": _lasting(settings)}
+    with torch.random.fork_rng(devices=[]):
+        architecture = described(told(backbone, objective))
+    asked = {
+        "verb": "pretrain",
+        "backbone": architecture,
+        **data.asked,
+        "train": _lasting(settings),
+    }
     folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run))
     if finished is not None:
         return finished
@@ -102,9 +112,9 @@ def pretrain(
     settled = distributed.from_first(lambda: objective.settled(samples))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = Model(copied(backbone), settled.outputs(backbone.width))
+        model = Model(told(backbone, objective), settled.outputs(backbone.width))
     for name, head in model.heads.items():
-        head.calibrate(name, samples)  # type: ignore[operator]
+        head.calibrate(*settled.calibration(name, samples))  # type: ignore[operator]
     if dry_run:
         return _rehearsed(model, settled, data, settings, folder, verbose)
     return _trained(model, settled, data, settings, folder, asked, history=[], report={}, verbose=verbose)
@@ -112,12 +122,13 @@ def pretrain(
 
 def finetune(
     base: str | Path | Model,
-    structures: Source,
+    structures: Source | Mapping[str, Source],
     objective: Objective,
     *,
     out: str | Path | None = None,
+    part: str | None = None,
     align: bool = True,
-    valid: Source | None = None,
+    valid: Source | Mapping[str, Source] | None = None,
     valid_fraction: float = 0.1,
     split_by: str = "auto",
     split_key: str | None = None,
@@ -134,6 +145,7 @@ def finetune(
 
     Args:
         base: a model or its file.
+        part: which part of a base that learned several objectives, each with its own energy.
         align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
         config: fields of `TrainConfig`; `backbone_lr` is the learning rate of the backbone: zero freezes it.
 
@@ -141,7 +153,7 @@ def finetune(
     """
     distributed.join()
     _check_objective(objective)
-    base = base if isinstance(base, Model) else load(base)
+    base = (base if isinstance(base, Model) else load(base)).whole(part)
     settings = _train_config(config, base.architecture()["dtype"])
     data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
 
@@ -186,15 +198,16 @@ def align_references(
     meaning = objective.quantities()
     for name in names:
         head = model.heads[name]
+        own, seen = objective.calibration(name, samples)
         before, now = was.get(name), meaning.get(name)
         if isinstance(head, EnergyHead | VectorHead) and before and now and before[0] != now.name:
-            report.setdefault("scale", {})[name] = _fit_scale(model, head, name, samples)
+            report.setdefault("scale", {})[name] = _fit_scale(model, head, name, own, seen)
         if isinstance(head, EnergyHead):
-            report |= _shift_elements(model, head, name, samples)
-        elif isinstance(head, ScalarHead | AtomHead) and not getattr(head, "classes", 0):
-            predictions = _predictions(model, samples, name)
-            targets = np.concatenate([np.asarray(s.targets[name], float) for s in samples])
-            sizes = np.array([len(s.atoms) for s in samples]) if getattr(head, "pooling", "") == "sum" else 1
+            report |= _shift_elements(model, head, name, own, seen)
+        elif isinstance(head, ScalarHead | AtomHead) and not getattr(head, "classes", 0) and seen:
+            predictions = _predictions(model, seen, name)
+            targets = np.concatenate([np.asarray(s.targets[own], float) for s in seen])
+            sizes = np.array([len(s.atoms) for s in seen]) if getattr(head, "pooling", "") == "sum" else 1
             residuals = (targets - predictions) / sizes
             if np.isfinite(residuals).any():
                 shift = float(np.nanmean(residuals))
@@ -203,14 +216,15 @@ def align_references(
     return report
 
 
-def _shift_elements(model: Model, head: EnergyHead, name: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    labelled = [s for s in samples if np.isfinite(s.targets.get(name, [np.nan])[0])]
+def _shift_elements(model: Model, head: EnergyHead, name: str, own: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Fit the references of the head called `name` to what is left of targets called `own`."""
+    labelled = [s for s in samples if np.isfinite(s.targets.get(own, [np.nan])[0])]
     labelled = [s for s in labelled if not is_isolated_atom(s.atoms)]  # no model is trained on lone atoms
     if not labelled:
         return {}
     predicted = _predictions(model, labelled, name)
-    residuals = [s._replace(targets={name: s.targets[name] - p}) for s, p in zip(labelled, predicted, strict=True)]
-    numbers, energies = labelled_totals(name, residuals)
+    residuals = [s._replace(targets={own: s.targets[own] - p}) for s, p in zip(labelled, predicted, strict=True)]
+    numbers, energies = labelled_totals(own, residuals)
     shift = fit_references(numbers, energies, ridge=1e-4)
     head.references += torch.from_numpy(shift).to(head.references.device)
 
@@ -222,13 +236,14 @@ def _shift_elements(model: Model, head: EnergyHead, name: str, samples: Sequence
     }
 
 
-def _fit_scale(model: Model, head: EnergyHead | VectorHead, name: str, samples: Sequence[Sample]) -> float:
+def _fit_scale(model: Model, head: EnergyHead | VectorHead, name: str, own: str, samples: Sequence[Sample]) -> float:
     """Give the head the scale at which its vectors best fit the labelled forces; at least a tenth of their RMS."""
     old = float(head.scale)
-    vectors = "forces" if isinstance(head, EnergyHead) else name
+    vectors = "forces" if isinstance(head, EnergyHead) else own
     labels = values(vectors, samples)
-    if len(labels) and vectors in model.outputs:
-        predicted = _predictions(model, samples, vectors)
+    output = name.removesuffix(own) + vectors
+    if len(labels) and output in model.outputs:
+        predicted = _predictions(model, samples, output)
         targets = np.concatenate([s.targets[vectors] for s in samples])
         known = np.isfinite(targets).all(axis=1)
         p, t = predicted[known], targets[known]
@@ -236,7 +251,7 @@ def _fit_scale(model: Model, head: EnergyHead | VectorHead, name: str, samples: 
         slope = float((p * t).mean()) / spread
         head.scale.fill_(old * max(slope, 0.1 * math.sqrt(float(np.square(t).mean()) / spread)))
     else:
-        head.calibrate(name, samples)
+        head.calibrate(own, samples)
     return float(head.scale) / old
 
 
@@ -255,7 +270,7 @@ def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], s
     """A copy of the base with the objective's outputs, and the names of the heads that both have."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = copied(base.backbone)
+        backbone = told(base.backbone, objective)
         model = Model(backbone, objective.outputs(backbone.width))
     model.to(dtype=next(base.parameters()).dtype)
 
@@ -270,7 +285,7 @@ def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], s
     model.load_state_dict({**own, **{k: v for k, v in weights.items() if k.startswith(shared) and k in own}})
     for name, head in model.heads.items():
         if name not in kept:
-            head.calibrate(name, samples)  # type: ignore[operator]
+            head.calibrate(*objective.calibration(name, samples))  # type: ignore[operator]
     return model, kept
 
 
@@ -279,9 +294,9 @@ class _Data:
 
     def __init__(
         self,
-        structures: Source,
+        structures: Source | Mapping[str, Source],
         objective: Objective,
-        valid: Source | None,
+        valid: Source | Mapping[str, Source] | None,
         valid_fraction: float,
         split_by: str,
         split_key: str | None,
@@ -292,32 +307,27 @@ class _Data:
     ):
         if not 0 <= valid_fraction < 1:
             raise InputError(f"valid_fraction is {valid_fraction}, but must be zero or more and below one")
-        everything = read(structures)
-        if len(everything) == 0:
-            raise InputError("there is no structure to train on")
-        self.labels = distributed.from_first(lambda: self._resolve(everything, objective, label, unit))
+        everything, labelled, self.labels = _labelled(structures, objective, label, unit)
         if verbose and self.labels.entries:
             console.print(self.labels.table())
-
-        labelled = _ready(Labelled(everything, self.labels))
         lone = distributed.from_first(lambda: isolated_atoms(everything))
         if len(lone) == len(everything):
             raise InputError("all structures are isolated atoms: there is nothing else to train on")
         self.isolated = [labelled[i] for i in lone]
 
         self.split = distributed.from_first(
-            lambda: self._split(everything, valid, valid_fraction, split_by, split_key, seed)
+            lambda: self._split(everything, valid is not None, valid_fraction, split_by, split_key, seed)
         )
         kept = np.setdiff1d(self.split.train, lone) if len(lone) else self.split.train
         self.train: Sequence[ase.Atoms] = Subset(labelled, kept)
         self.unlabelled = Subset(everything, kept)  # the same, as they were read
         self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, lone))
         if valid is not None:
-            others = read(valid)
+            others, others_labelled, _ = _labelled(valid, objective, label, unit)
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
-            self.valid = Subset(_ready(Labelled(others, self._resolve(others, objective, label, unit))), kept)
+            self.valid = Subset(others_labelled, kept)
         if verbose:
-            distributed.from_first(lambda: self._tell(everything, valid is None, split_key))
+            distributed.from_first(lambda: self._tell(everything, valid is None, split_key, objective))
         own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
         self.asked = {
             "objective": described(objective),
@@ -345,32 +355,17 @@ class _Data:
         first = [int(np.argmax(present[:, z // 8] & (128 >> z % 8) > 0)) for z in missing]
         return sorted({int(i) for i in labelled[[*picked, *first]]})
 
-    def _resolve(
-        self,
-        structures: Sequence[ase.Atoms],
-        objective: Objective,
-        label: Mapping[str, str] | None,
-        unit: Mapping[str, str] | None,
-    ) -> Labels:
-        wanted = objective.labels()
-        named = {**(label or {}), **(unit or {})}
-        for name in named:
-            if name not in wanted:
-                raise InputError(f"'{name}' is not a label of this objective, which has {', '.join(wanted) or 'none'}")
-        optional = [name for name, needed in wanted.items() if not needed and name not in named]
-        return resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
-
     def _split(
         self,
         structures: Sequence[ase.Atoms],
-        valid: Source | None,
+        given: bool,
         fraction: float,
         by: str,
         key: str | None,
         seed: int,
     ) -> Split:
         everyone, nobody = np.arange(len(structures)), np.zeros(0, int)
-        if valid is not None:
+        if given:
             if key is not None or by != "auto":
                 raise InputError(
                     "validation structures were given, so nothing is split: leave out split_key and split_by"
@@ -385,7 +380,7 @@ class _Data:
             return Split(everyone, nobody, by="none", reason="nothing is validated", total=len(everyone))
         return split(structures, fraction, by=by, seed=seed)
 
-    def _tell(self, structures: Sequence[ase.Atoms], own: bool, split_key: str | None) -> None:
+    def _tell(self, structures: Sequence[ase.Atoms], own: bool, split_key: str | None, objective: Objective) -> None:
         parts = f"{len(self.train)} to train on, {len(self.valid)} to validate"
         lone = f", {len(self.isolated)} isolated atoms as references" if self.isolated else ""
         console.print(f"{parts}{lone} ({self.split.reason})" if own else f"{parts}{lone}")
@@ -398,6 +393,67 @@ class _Data:
         if found and split_key is None:
             keys = ", ".join(found)
             console.print(f"[dim]The data has split keys that are not used: {keys} (use one with --split-key)[/dim]")
+        some = np.unique(np.linspace(0, len(self.train) - 1, min(len(self.train), MOST_WARNED)).astype(int))
+        for text in objective.warnings([self.train[int(i)] for i in some]):
+            console.print(f"[yellow]{text[0].upper()}{text[1:]}[/yellow]")
+
+
+def _labelled(
+    structures: Source | Mapping[str, Source],
+    objective: Objective,
+    label: Mapping[str, str] | None,
+    unit: Mapping[str, str] | None,
+) -> tuple[Sequence[ase.Atoms], Sequence[ase.Atoms], Labels]:
+    """Structures as they were read, the same with labels at their canonical places, and those labels.
+
+    Of several parts, labels are called PART.QUANTITY.
+    """
+    if not isinstance(structures, Mapping):
+        everything = _some(read(structures))
+        labels = distributed.from_first(lambda: _resolved(everything, objective.labels(), label, unit))
+        return everything, _ready(Labelled(everything, labels)), labels
+    if not isinstance(objective, Together):
+        raise InputError(f"structures have the names {', '.join(structures)}: only Together has parts to give them to")
+    for name in [*structures, *(key.partition(".")[0] for key in {**(label or {}), **(unit or {})})]:
+        if name not in objective.parts:
+            raise InputError(f"'{name}' is not a part of this objective, which has {', '.join(objective.parts)}")
+    parts, labelled, entries = [], [], []
+    for name, source in structures.items():
+        own = _some(read(source))
+        labels = distributed.from_first(
+            lambda own=own, name=name: _resolved(  # type: ignore[misc]
+                own, objective.parts[name].labels(), _of(name, label), _of(name, unit)
+            )
+        )
+        parts.append(own)
+        labelled.append(_ready(Labelled(own, labels, name)))
+        entries += [replace(entry, quantity=f"{name}.{entry.quantity}") for entry in labels.entries]
+    return Joined(parts, list(structures)), Joined(labelled, list(structures)), Labels(tuple(entries))
+
+
+def _some(structures: Sequence[ase.Atoms]) -> Sequence[ase.Atoms]:
+    if len(structures) == 0:
+        raise InputError("there is no structure to train on")
+    return structures
+
+
+def _of(part: str, named: Mapping[str, str] | None) -> dict[str, str]:
+    """What is said of the labels of one part."""
+    return {key[len(part) + 1 :]: value for key, value in (named or {}).items() if key.startswith(f"{part}.")}
+
+
+def _resolved(
+    structures: Sequence[ase.Atoms],
+    wanted: Mapping[str, bool],
+    label: Mapping[str, str] | None,
+    unit: Mapping[str, str] | None,
+) -> Labels:
+    named = {**(label or {}), **(unit or {})}
+    for name in named:
+        if name not in wanted:
+            raise InputError(f"'{name}' is not a label of this objective, which has {', '.join(wanted) or 'none'}")
+    optional = [name for name, needed in wanted.items() if not needed and name not in named]
+    return resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
 
 
 def _ready(labelled: Labelled) -> Sequence[ase.Atoms]:
@@ -460,11 +516,10 @@ def _trained(
     }
     model.card = distributed.from_first(lambda: _card(model, objective, data, [*history, stage], base))
     if len(data.valid):
-        pairs = compared(model, objective, data.valid, config.edges, config.seed)
-        errors = scores(model, objective, pairs, [atoms.numbers for atoms in data.valid])
+        errors, parity = _validated(model, objective, data.valid, config)
         model.card["metrics"]["validation"] = without_elements(errors)
         if folder is not None:
-            write_json(folder / "validation.json", {"errors": errors, "parity": _parity(pairs, errors)})
+            write_json(folder / "validation.json", {"errors": errors, "parity": parity})
     model.to("cpu")
     if folder is not None:
         model.save(folder / "model.safetensors")
@@ -484,6 +539,26 @@ def _rehearsed(
         console.print(table("", cost.rows()))
     model.card = {"dry run": cost._asdict()}
     return model.to("cpu").eval()
+
+
+def _validated(
+    model: Model, objective: Objective, structures: Sequence[ase.Atoms], config: TrainConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Errors, and points of parity plots, by output; of several objectives, each on the structures that are for it."""
+    if isinstance(objective, Together):
+        errors: dict[str, Any] = {}
+        parity: dict[str, Any] = {}
+        meant = [structures[i].info.get("part") for i in range(len(structures))]
+        for name, part in objective.parts.items():
+            own = Subset(structures, [i for i, other in enumerate(meant) if other in (None, name)])
+            if len(own):
+                found = _validated(model.part(name), part, own, config)
+                for all_of_them, one in zip((errors, parity), found, strict=True):
+                    all_of_them.update({f"{name} {key}": value for key, value in one.items()})
+        return errors, parity
+    pairs = compared(model, objective, structures, config.edges, config.seed)
+    errors = scores(model, objective, pairs, [atoms.numbers for atoms in structures])
+    return errors, _parity(pairs, errors)
 
 
 def _parity(pairs: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,10 +584,7 @@ def _card(model: Model, objective: Objective, data: _Data, history: list[Any], b
         levels.update({str(name): int((level_of == i).sum()) for i, name in enumerate(names)})
     earlier = base.card.get("elements", {}) if base is not None else {}
 
-    quantities = {name: list(q) for name, q in objective.quantities().items() if name in model.outputs}
-    for entry in data.labels.entries:
-        if entry.quantity in quantities and entry.unit:
-            quantities[entry.quantity][1] = entry.unit
+    quantities = _quantities(model.outputs, objective, data.labels)
     energies = [head for head in model.heads.values() if isinstance(head, EnergyHead)]
     references = energies[0].references.tolist() if energies else []
     return {
@@ -525,7 +597,27 @@ def _card(model: Model, objective: Objective, data: _Data, history: list[Any], b
         "references (eV)": {chemical_symbols[z]: e for z, e in enumerate(references) if e},
         "history": history,
         "metrics": {"validation loss": history[-1]["best validation loss"]},
+        **({"parts": dict(_parts_of(objective, data.labels))} if isinstance(objective, Together) else {}),
     }
+
+
+def _quantities(names: Container[str], objective: Objective, labels: Labels) -> dict[str, list[str]]:
+    """What outputs mean, with the units of labels of the same meaning."""
+    quantities = {name: list(quantity) for name, quantity in objective.quantities().items() if name in names}
+    for entry in labels.entries:
+        if entry.unit and quantities.get(entry.quantity, [""])[0] == entry.quantity:
+            quantities[entry.quantity][1] = entry.unit
+    return quantities
+
+
+def _parts_of(objective: Together, labels: Labels) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a model needs to know to be used as one of its parts."""
+    for name, outputs in objective.names.items():
+        part = objective.parts[name]
+        named = [e for e in labels.entries if e.quantity.startswith(f"{name}.") or e.quantity in part.labels()]
+        own = Labels(tuple(replace(e, quantity=e.quantity.removeprefix(f"{name}.")) for e in named))
+        card = {"objective": described(part), "labels": own.to_json(), "quantities": _quantities(outputs, part, own)}
+        yield name, {"outputs": outputs, "card": card}
 
 
 def _show_alignment(report: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..graph import AtomGraph, Cutoff
 from ..messages import EdgeFormula, Neighborhood, Radii, sigmoid, softplus
-from ..nn import Gaussians, NodeInputs
+from ..nn import Gaussians, NodeInputs, VectorInputs, plus
 from .base import Backbone, Features
 
 
@@ -28,6 +28,7 @@ class CGCNN(Backbone):
         gaussians: number of radial functions.
         elements: highest atomic number.
         inputs: names of additional scalar inputs per atom.
+        vector_inputs: names of vectors per atom that the model may be told, such as forces.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CGCNN(Backbone):
         gaussians: int = 50,
         elements: int = 100,
         inputs: Sequence[str] = (),
+        vector_inputs: Sequence[str] = (),
     ):
         super().__init__()
         self.width = width
@@ -48,9 +50,11 @@ class CGCNN(Backbone):
         self.gaussians = gaussians
         self.elements = elements
         self.inputs = tuple(inputs)
+        self.vector_inputs = tuple(vector_inputs)
         self.edges = Cutoff(cutoff)
 
         self.node_inputs = NodeInputs(channels, elements, inputs)
+        self.told = VectorInputs(channels, vector_inputs, directed=False)
         self.basis = Gaussians(gaussians, cutoff)
         self.convolutions = nn.ModuleList([Convolution(channels, gaussians) for _ in range(depth)])
         self.dense = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -60,7 +64,8 @@ class CGCNN(Backbone):
         (count,) = edges.sum(COUNT, lambda at: at.envelope)
         neighbors = count + 1  # (n_atoms, 1, 1): the mean stays smooth, also without neighbours
 
-        x = self.node_inputs(graph)
+        told, _ = self.told(graph)  # of vectors it sees the lengths
+        x = plus(self.node_inputs(graph), told)
         for convolution in self.convolutions:
             x = x + (convolution(x, edges) / neighbors).squeeze(1)
         return Features(self.dense(x))

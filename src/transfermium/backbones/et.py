@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..graph import AtomGraph, Cutoff
 from ..messages import AtomFormula, EdgeFormula, Neighborhood, Radii, head_total, sigmoid
-from ..nn import ExpNormal, NodeInputs
+from ..nn import ExpNormal, NodeInputs, VectorInputs, plus
 from .base import Backbone, Features
 
 
@@ -33,6 +33,7 @@ class ET(Backbone):
         radial: number of radial functions.
         elements: highest atomic number.
         inputs: names of additional scalar inputs per atom.
+        vector_inputs: names of vectors per atom that the model may be told, such as forces.
     """
 
     laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
@@ -46,6 +47,7 @@ class ET(Backbone):
         radial: int = 50,
         elements: int = 100,
         inputs: Sequence[str] = (),
+        vector_inputs: Sequence[str] = (),
     ):
         super().__init__()
         if depth < 1:
@@ -59,22 +61,28 @@ class ET(Backbone):
         self.radial = radial
         self.elements = elements
         self.inputs = tuple(inputs)
+        self.vector_inputs = tuple(vector_inputs)
         self.edges = Cutoff(cutoff)
 
         self.node_inputs = NodeInputs(width, elements, inputs)
+        self.told = VectorInputs(width, vector_inputs)
         self.basis = ExpNormal(radial, cutoff)
         self.neighbors = Neighbors(width, radial, elements, inputs)
-        self.attention = nn.ModuleList([Attention(width, radial, heads, first=k == 0) for k in range(depth)])
+        self.attention = nn.ModuleList(
+            [Attention(width, radial, heads, first=k == 0 and not vector_inputs) for k in range(depth)]
+        )
         self.norm = nn.LayerNorm(width)
         self.vector_scale = nn.Parameter(torch.ones(width))
 
     def forward(self, graph: AtomGraph) -> Features:
         edges = Neighborhood(graph, self.edges, self.basis)
-        x = self.neighbors(self.node_inputs(graph), graph, edges)
-        v: Tensor | None = None  # (n_atoms, 3, width) after the first block
+        told, v = self.told(graph)  # v: (n_atoms, 3, width), or None until the first block
+        x = self.neighbors(plus(self.node_inputs(graph), told), graph, edges)
+        if v is None and self.vector_inputs:  # not given this time
+            v = x.new_zeros(len(x), 3, self.width)
         for block in self.attention:
             dx, dv = block(x, v, edges)
-            x, v = x + dx, dv if v is None else v + dv
+            x, v = x + dx, plus(dv, v)
         assert v is not None
         length2 = v.square().sum(dim=1, keepdim=True).mean(dim=2, keepdim=True)
         return Features(self.norm(x), self.vector_scale * v / torch.sqrt(length2 + 1e-2))

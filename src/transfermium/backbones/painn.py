@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..graph import AtomGraph, Cutoff
 from ..messages import AtomFormula, EdgeFormula, Neighborhood, Radii, sqrt
-from ..nn import Bessel, NodeInputs, mlp
+from ..nn import Bessel, NodeInputs, VectorInputs, mlp, plus
 from .base import Backbone, Features
 
 
@@ -25,6 +25,7 @@ class PaiNN(Backbone):
         radial: number of Bessel functions.
         elements: highest atomic number.
         inputs: names of additional scalar inputs per atom.
+        vector_inputs: names of vectors per atom that the model may be told, such as forces.
     """
 
     laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
@@ -37,6 +38,7 @@ class PaiNN(Backbone):
         radial: int = 20,
         elements: int = 118,
         inputs: Sequence[str] = (),
+        vector_inputs: Sequence[str] = (),
     ):
         super().__init__()
         self.width = width
@@ -45,20 +47,22 @@ class PaiNN(Backbone):
         self.radial = radial
         self.elements = elements
         self.inputs = tuple(inputs)
+        self.vector_inputs = tuple(vector_inputs)
         self.edges = Cutoff(cutoff)
 
         self.node_inputs = NodeInputs(width, elements, inputs)
+        self.told = VectorInputs(width, vector_inputs)
         self.basis = Bessel(radial, cutoff)
         self.messages = nn.ModuleList([Message(width, radial) for _ in range(depth)])
         self.updates = nn.ModuleList([Update(width) for _ in range(depth)])
 
     def forward(self, graph: AtomGraph) -> Features:
         edges = Neighborhood(graph, self.edges, self.basis)
-        s = self.node_inputs(graph).unsqueeze(1)  # (n_atoms, 1, width)
-        v: Tensor | None = None  # (n_atoms, 3, width) after the first message
+        told, v = self.told(graph)  # v: (n_atoms, 3, width), or None until the first message
+        s = plus(self.node_inputs(graph), told).unsqueeze(1)  # (n_atoms, 1, width)
         for message, update in zip(self.messages, self.updates, strict=True):
             ds, dv = message(s, v, edges)
-            s, v = s + ds, dv if v is None else v + dv
+            s, v = s + ds, plus(dv, v)
             s, v = update(s, v)
         return Features(s.squeeze(1), v)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..graph import AtomGraph, Cutoff
 from ..messages import AtomFormula, EdgeFormula, Neighborhood, Radii
-from ..nn import ExpNormal, NodeInputs, mlp
+from ..nn import ExpNormal, NodeInputs, VectorInputs, mlp, plus
 from .base import Backbone, Features
 
 
@@ -29,6 +29,7 @@ class TensorNet(Backbone):
         radial: number of radial functions.
         elements: highest atomic number.
         inputs: names of additional scalar inputs per atom.
+        vector_inputs: names of vectors per atom that the model may be told, such as forces.
     """
 
     laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
@@ -41,6 +42,7 @@ class TensorNet(Backbone):
         radial: int = 32,
         elements: int = 118,
         inputs: Sequence[str] = (),
+        vector_inputs: Sequence[str] = (),
     ):
         super().__init__()
         self.width = width
@@ -49,9 +51,11 @@ class TensorNet(Backbone):
         self.radial = radial
         self.elements = elements
         self.inputs = tuple(inputs)
+        self.vector_inputs = tuple(vector_inputs)
         self.edges = Cutoff(cutoff)
 
         self.node_inputs = NodeInputs(width, elements, inputs)
+        self.told = VectorInputs(width, vector_inputs)
         self.basis = ExpNormal(radial, cutoff)
         self.embedding = Embedding(width, radial)
         self.interactions = nn.ModuleList([Interaction(width, radial) for _ in range(depth)])
@@ -60,7 +64,9 @@ class TensorNet(Backbone):
 
     def forward(self, graph: AtomGraph) -> Features:
         edges = Neighborhood(graph, self.edges, self.basis)
-        x = self.embedding(self.node_inputs(graph), edges)
+        told, vectors = self.told(graph)
+        x = self.embedding(plus(self.node_inputs(graph), told), edges)
+        x = x._replace(u=plus(x.u, vectors))
         for interaction in self.interactions:
             x = interaction(x, edges)
         (norms,) = NORMS(*x)

@@ -188,17 +188,24 @@ class Labels:
 
 
 class Labelled(Lazy):
-    """Structures with their labels at the canonical places, made on access."""
+    """Structures with their labels at the canonical places, made on access.
 
-    def __init__(self, structures: Sequence[Atoms], labels: Labels):
+    Those for one of several objectives have its name under "part" in `info`.
+    """
+
+    def __init__(self, structures: Sequence[Atoms], labels: Labels, part: str | None = None):
         self.structures = structures
         self.labels = labels
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.structures)
 
     def at(self, index: int) -> Atoms:
-        return self.labels.apply(self.structures[index], f"structure {index}")
+        labelled = self.labels.apply(self.structures[index], f"structure {index}")
+        if self.part is not None:
+            labelled.info["part"] = self.part
+        return labelled
 
 
 def geometries(structures: Sequence[Atoms]) -> Sequence[Atoms]:

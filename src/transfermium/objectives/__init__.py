@@ -4,5 +4,6 @@ from .base import Objective, Quantity
 from .denoise import Denoise
 from .potential import Potential
 from .property import Property
+from .together import Together
 
-__all__ = ["Denoise", "Objective", "Potential", "Property", "Quantity"]
+__all__ = ["Denoise", "Objective", "Potential", "Property", "Quantity", "Together"]

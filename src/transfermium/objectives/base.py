@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ase
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..graph import Batch, Sample
-from ..model import Output
+from ..model import Output, copied
+
+Backbone = TypeVar("Backbone")
 
 
 class Quantity(NamedTuple):
@@ -43,9 +45,21 @@ class Objective:
         """What each output means; by default its own name, without unit."""
         return {}
 
+    def vector_inputs(self) -> tuple[str, ...]:
+        """Vectors per atom that samples have as inputs, which the backbone has to be told; none by default."""
+        return ()
+
+    def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
+        """What a user should know before training on these structures; by default nothing."""
+        return []
+
     def settled(self, samples: Sequence[Sample]) -> Objective:
         """This objective with every number that depends on the training data fixed; itself by default."""
         return self
+
+    def calibration(self, name: str, samples: Sequence[Sample]) -> tuple[str, Sequence[Sample]]:
+        """What the head called `name` is calibrated on: targets by their own names, and which of them is the head's."""
+        return name, samples
 
     def comparable(self) -> Objective:
         """This objective with all targets that its outputs can be compared with in an evaluation; itself by default."""
@@ -55,9 +69,27 @@ class Objective:
         """The structure as it is to be seen this time, with its targets; `atoms` stays as it is."""
         raise NotImplementedError
 
+    def wanted(self, targets: Mapping[str, Any]) -> list[str]:
+        """Outputs that the loss of a batch with these targets reads; by default those called like them."""
+        return list(targets)
+
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
         """Each term as a weighted sum over present labels and their count."""
         raise NotImplementedError
+
+
+def told(backbone: Backbone, objective: Objective) -> Backbone:
+    """A new backbone like this one, which is told the vectors that samples of the objective have as inputs."""
+    has = tuple(getattr(backbone, "vector_inputs", ()))
+    wanted = tuple(dict.fromkeys([*has, *objective.vector_inputs()]))
+    if wanted == has:
+        return copied(backbone)
+    if not hasattr(backbone, "vector_inputs"):
+        raise InputError(
+            f"this objective tells the model {', '.join(wanted)} per atom, but {type(backbone).__name__} takes no "
+            "vector_inputs: choose another backbone"
+        )
+    return copied(backbone, vector_inputs=wanted)
 
 
 def label(atoms: ase.Atoms, name: str, shape: tuple[int, ...]) -> np.ndarray:
