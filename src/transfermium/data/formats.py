@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import shutil
 import sqlite3
@@ -19,6 +20,8 @@ from ase.data import atomic_numbers
 
 from ..errors import InputError
 
+log = logging.getLogger(__name__)
+
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 PAGE = 1000  # rows of a database that are fetched together
 
@@ -29,9 +32,10 @@ def read_file(path: Path) -> list[Atoms]:
 
 
 def stream_file(path: Path) -> Iterator[Atoms]:
-    """Yield the structures of a file: extended XYZ, ASE databases, JSON, or whatever `ase.io` knows.
+    """Yield the structures of a file: extended XYZ, databases, JSON, public sets, outputs, or whatever `ase.io` knows.
 
-    Extended XYZ, databases and trajectories are read as they are yielded, also when compressed; other formats at once.
+    Extended XYZ, databases, public sets and trajectories are read as they are yielded, also when compressed; other
+    formats at once.
 
     Empty, truncated or unparsable files and structures that make no sense (no atoms, no element, positions
     that are not finite, a periodic cell without volume) raise an `InputError` naming file and structure.
@@ -74,6 +78,25 @@ def check(atoms: Atoms, where: str) -> None:
             raise InputError(f"{where} is periodic but its cell has no volume; give a cell or set pbc to F")
 
 
+class LeftOut:
+    """What is left out of a source while it is read, and why; told at its end, in one line per reason."""
+
+    def __init__(self, source: object):
+        self.source = source
+        self.reasons: dict[str, list[Any]] = {}  # what → [how many, where the first]
+
+    def add(self, what: str, where: object, count: int = 1) -> None:
+        """Count something; `what` is in the plural and says why, as in "steps that did not converge"."""
+        self.reasons.setdefault(what, [0, where])[0] += count
+
+    def lines(self) -> list[str]:
+        return [f"{count} {what} (first: {where})" for what, (count, where) in self.reasons.items()]
+
+    def tell(self) -> None:
+        for line in self.lines():
+            log.warning("%s: left out %s", self.source, line)
+
+
 def plain_name(path: Path) -> str:
     """The name of a file without the ending of its compression."""
     return path.stem if path.suffix.lower() in COMPRESSIONS else path.name
@@ -83,12 +106,16 @@ def _parse(path: Path) -> Iterator[Atoms]:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
 
+    from . import calculations
+
     name = plain_name(path)
     suffix = Path(name).suffix.lower()
     if suffix in {".xyz", ".extxyz"}:
         yield from _xyz_frames(path)
-    elif suffix == ".json":
+    elif suffix in {".json", ".jsonl"}:
         yield from _json_structures(path)
+    elif kind := calculations.kind_of(path):
+        yield from calculations.stream(path.parent, [calculations.Calculation(path, kind, path.name)])
     elif path.suffix.lower() in COMPRESSIONS:
         with tempfile.TemporaryDirectory() as folder:  # databases and trajectories need a real file
             plain = Path(folder) / name
@@ -100,7 +127,20 @@ def _parse(path: Path) -> Iterator[Atoms]:
 
 
 def _parse_plain(path: Path, suffix: str) -> Iterator[Atoms]:
-    if suffix == ".db":
+    from . import public
+
+    offset, lmdb = public.LMDB_MAGIC
+    with path.open("rb") as file:
+        head = file.read(offset + len(lmdb))
+    if head.startswith(b"PAR1"):
+        yield from public.stream_parquet(path)
+    elif head[offset:] == lmdb:
+        yield from public.stream_aselmdb(path)
+    elif head[:1] == b"\x80" and suffix in {".p", ".pkl", ".pickle"}:
+        raise InputError(
+            f"{path}: pickles run any code and are never loaded; save the structures as JSON (docs/data.md)"
+        )
+    elif suffix == ".db":
         yield from _database(path)
     else:
         from ase.io import iread
@@ -115,7 +155,7 @@ def _xyz_frames(path: Path) -> Iterator[Atoms]:
     """
     from ase.io.extxyz import read_xyz
 
-    with _open_text(path) as lines:
+    with open_text(path) as lines:
         index = 0
         line = lines.readline()
         while line:
@@ -145,7 +185,8 @@ def _xyz_frames(path: Path) -> Iterator[Atoms]:
             index += 1
 
 
-def _open_text(path: Path) -> Any:
+def open_text(path: Path) -> Any:
+    """A text file, decompressed."""
     return COMPRESSIONS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig")
 
 
@@ -176,8 +217,15 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _json_structures(path: Path) -> Iterator[Atoms]:
-    """Pymatgen structures, MatBench tables, or an ASE database in JSON."""
-    with _open_text(path) as file:
+    """Public sets, pymatgen structures, MatBench tables, or an ASE database in JSON."""
+    from .public import stream_json
+
+    public = stream_json(path)
+    if public is not None:
+        yield from public
+        return
+
+    with open_text(path) as file:
         content = json.load(file)
 
     if isinstance(content, dict) and "ids" in content and "nextid" in content:
@@ -217,21 +265,24 @@ def _identity(index: Any) -> dict[str, Any]:
 def _record_atoms(record: Mapping[str, Any], where: str) -> Atoms:
     """Build the structure of a record; numbers, text and lists beside it become info."""
     structure = record["structure"]
-    if not isinstance(structure, dict) or "sites" not in structure:
-        raise InputError(f"{where} is not a pymatgen structure: it has no 'sites'")
-
-    try:
-        atoms = _atoms(structure, where)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where} is not a pymatgen structure ({type(error).__name__}: {error})") from error
-
+    atoms = pymatgen_atoms(structure, where)
     extra = {key: value for key, value in record.items() if key != "structure" and not key.startswith("@")}
     for key, value in ((structure.get("properties") or {}) | extra).items():
         if value is not None and not isinstance(value, dict):
             atoms.info[key] = np.array(value) if isinstance(value, list) else value
     return atoms
+
+
+def pymatgen_atoms(structure: Any, where: str) -> Atoms:
+    """A structure or molecule that pymatgen wrote as JSON; properties of the sites become arrays."""
+    if not isinstance(structure, dict) or "sites" not in structure:
+        raise InputError(f"{where} is not a pymatgen structure: it has no 'sites'")
+    try:
+        return _atoms(structure, where)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} is not a pymatgen structure ({type(error).__name__}: {error})") from error
 
 
 def _atoms(structure: Mapping[str, Any], where: str) -> Atoms:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ase import Atoms
 
 from ..errors import InputError
+from . import calculations
 from .formats import check, plain_name, read_file, stream_file
 from .sequences import Joined
 
@@ -19,9 +20,9 @@ log = logging.getLogger(__name__)
 
 Source = str | Path | Atoms | Sequence["Source"] | Sequence[Atoms]
 
-ENDINGS = {
-    ".cell", ".cif", ".con", ".contcar", ".db", ".extxyz", ".gen", ".json", ".pdb", ".poscar", ".res", ".sdf",
-    ".traj", ".vasp", ".xsf", ".xyz",
+SETS = {".aselmdb", ".db", ".extxyz", ".json", ".jsonl", ".lmdb", ".parquet"}  # of many structures
+ENDINGS = SETS | {
+    ".cell", ".cif", ".con", ".contcar", ".gen", ".pdb", ".poscar", ".res", ".sdf", ".traj", ".vasp", ".xsf", ".xyz",
 }  # fmt: skip
 VASP = re.compile(r"(POSCAR|CONTCAR)[._-]?", re.IGNORECASE)
 MISSING = {"", "nan", "none", "null", "na", "n/a"}
@@ -30,9 +31,10 @@ MISSING = {"", "nan", "none", "null", "na", "n/a"}
 def read(*sources: Source, csv: str | Path | None = None) -> Sequence[Atoms]:
     """Read structures from any number of sources and put them one after the other.
 
-    A source is a file (extended XYZ, ASE database, JSON of pymatgen structures, MatBench table, or anything that
-    `ase.io.read` knows; also compressed by gzip, xz or bzip2), a folder of such files, a folder of single structures
-    with a table of values (a CSV file in it, or `csv`), a packed set, structures in memory, or a list of sources.
+    A source is a file (extended XYZ, ASE database, JSON of pymatgen structures, MatBench table, one of the public sets
+    in `data.public`, an output of VASP, Quantum ESPRESSO, CP2K or GPAW, or anything that `ase.io.read` knows; also
+    compressed by gzip, xz or bzip2), a folder of such files, a folder of single structures with a table of values (a
+    CSV file in it, or `csv`), a folder tree of calculations, a packed set, structures in memory, or a list of sources.
 
     Columns of the table become `atoms.info`: numbers as float, an empty cell as no entry. A packed set stays on disk.
 
@@ -51,8 +53,8 @@ def stream(*sources: Source, csv: str | Path | None = None) -> Iterator[Atoms]:
     """The structures that `read` would give, one by one, so that files may be larger than memory.
 
     A source that is missing is an error at once, one that cannot be used when its turn comes. Extended XYZ, ASE
-    databases and trajectories, also compressed, packed sets and folders of files are read as they are needed; other
-    formats one file at a time.
+    databases, public sets and trajectories, also compressed, packed sets and folders of files are read as they are
+    needed; other formats one file at a time.
 
     Raises:
         InputError: naming the file, the structure and the cause.
@@ -125,6 +127,11 @@ def _missing(path: Path) -> str:
 def _folder_parts(folder: Path, csv: Path | None) -> Iterator[Part]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() == ".csv"]
+    outputs = [] if csv is not None else _outputs(folder, files, has_table=bool(tables))
+    if outputs:
+        log.info("%s: reading %d outputs of calculations", folder, len(outputs))
+        yield Part(folder.name, calculations.stream(folder, outputs))
+        return
     if csv is None and len(tables) > 1:
         names = ", ".join(file.name for file in tables[:5])
         raise InputError(
@@ -151,6 +158,20 @@ def _folder_parts(folder: Path, csv: Path | None) -> Iterator[Part]:
     )
     for file in readable:
         yield Part(file.name, stream_file(file))
+
+
+def _outputs(folder: Path, files: list[Path], has_table: bool) -> list[calculations.Calculation]:
+    """Outputs of calculations, where the folder is one of calculations: structure files in it go with them.
+
+    That is so when outputs lie beside the structures (as CONTCAR beside OUTCAR), or only in folders below; not when
+    sets of many structures do, or structures with a table.
+    """
+    structures = [file for file in files if _is_structure(file)]
+    single = [file for file in structures if not VASP.match(file.name)]
+    if (has_table and single) or any(Path(plain_name(file)).suffix.lower() in SETS for file in structures):
+        return []
+    beside = not structures or calculations.find(folder, deep=False)
+    return calculations.find(folder) if beside else []
 
 
 def _is_structure(file: Path) -> bool:
