@@ -2,6 +2,7 @@
 
 from .columns import isolated_atoms
 from .labels import Label, Labelled, Labels, available, resolve
+from .leakage import Leak, leaks, without
 from .pack import PackedSet, is_packed, pack
 from .read import read, stream
 from .sequences import Joined, Subset, original
@@ -12,6 +13,7 @@ __all__ = [
     "Label",
     "Labelled",
     "Labels",
+    "Leak",
     "PackedSet",
     "Split",
     "Subset",
@@ -20,6 +22,7 @@ __all__ = [
     "found_split_keys",
     "is_packed",
     "isolated_atoms",
+    "leaks",
     "nested",
     "original",
     "pack",
@@ -27,4 +30,5 @@ __all__ = [
     "resolve",
     "split",
     "stream",
+    "without",
 ]
