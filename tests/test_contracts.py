@@ -65,7 +65,8 @@ def small(cls: type[tm.Backbone], **arguments: Any) -> tm.Backbone:
 
 def spelled(thing: Any) -> str:
     given = inspect.signature(type(thing)).parameters
-    return f"{type(thing).__name__}({', '.join(str(getattr(thing, name)) for name in given)})"
+    values = ", ".join(", ".join(v) if isinstance(v, dict) else str(v) for v in (getattr(thing, n) for n in given))
+    return f"{type(thing).__name__}({values})"
 
 
 @pytest.mark.parametrize("cls", BACKBONES)

@@ -24,6 +24,7 @@ from transfermium.data.load import TRAINING, Batches, Share, count_edges, traini
 from transfermium.distributed import Place, first_host, place
 from transfermium.model import read_tensors
 from transfermium.objectives import Objective
+from transfermium.objectives.base import told
 from transfermium.train import TrainConfig, train
 
 STEPS = 12
@@ -37,10 +38,16 @@ def all_objectives() -> dict[str, Objective]:
         "direct potential": tm.Potential(1.0, 1.0, 1.0, conservative=False),
         "potential": tm.Potential(1.0, 1.0, 1.0),
         "direct denoising": tm.Denoise(conservative=False),
+        "denoising when told forces": tm.Denoise([0.05, 0.1], told_forces=True),
         "extensive": tm.Property("gap", "extensive"),
         "classes": tm.Property("gap", task="classification", weight=1.0),
     }
-    simple = {tm.Denoise: lambda: tm.Denoise(), tm.Property: lambda: tm.Property("gap")}
+    several = {"field": tm.Potential(1.0, 1.0, 1.0), "noise": tm.Denoise(strain=0.02), "gap": tm.Property("gap")}
+    simple = {
+        tm.Denoise: lambda: tm.Denoise(),
+        tm.Property: lambda: tm.Property("gap"),
+        tm.Together: lambda: tm.Together(several),
+    }
     for name in objectives.__all__:
         kind = getattr(objectives, name)
         if isinstance(kind, type) and issubclass(kind, Objective) and kind is not Objective:
@@ -86,7 +93,7 @@ def gradients(name: str, accumulate: int = 1) -> list[torch.Tensor | None]:
     """What is left in `grad` after a step on all structures, whatever number of processes share it."""
     objective = all_objectives()[name]
     torch.manual_seed(0)
-    model = tm.Model(painn(), objective.outputs(8)).double()
+    model = tm.Model(told(painn(), objective), objective.outputs(8)).double()
     found, processes = structures(name), distributed.size()
     total = int(count_edges(found, painn().edges).sum())
     edges = 10 * total if processes * accumulate == 1 else -(-2 * total // (processes * accumulate))

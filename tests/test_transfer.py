@@ -485,7 +485,7 @@ class TestTogether:
             lambda: tm.predict(model, scan, verbose=False),
             lambda: tm.finetune(model, scan, tm.Potential(), steps=5, **QUICK),
         ):
-            with pytest.raises(tm.InputError, match="choose one with part .--part.: pbe or scan"):
+            with pytest.raises(tm.InputError, match=r"choose one with part .--part.: pbe or scan"):
                 use()
         with pytest.raises(tm.InputError, match="no part 'b3lyp': it has pbe, scan"):
             tm.Calculator(model, part="b3lyp")

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from .backbones import CGCNN, ET, Backbone, Features, PaiNN, TensorNet
 from .calculator import Calculator
 from .crystals import crystals
-from .data import PackedSet, pack, read
+from .data import PackedSet, leaks, pack, read
 from .errors import InputError
 from .evaluate import evaluate, predict
 from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
@@ -43,6 +43,7 @@ __all__ = [
     "crystals",
     "evaluate",
     "finetune",
+    "leaks",
     "load",
     "pack",
     "predict",

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,9 +21,10 @@ from rich.text import Text
 from . import __version__, distributed
 from .backbones import Backbone, TensorNet
 from .console import console, table
+from .data.labels import KEYS
 from .errors import InputError
 from .model import described, subclasses
-from .objectives import Objective, Together
+from .objectives import Objective, Property, Together
 from .train import TrainConfig
 
 Arguments = dict[str, Any]
@@ -148,8 +149,52 @@ def pack(arguments: Arguments) -> None:
     console.print(f"{len(packed)} structures packed into {arguments['out']}{f' ({levels})' if levels else ''}")
 
 
+def leaks(arguments: Arguments) -> None:
+    """Structures that a test set has too, or that belong to a material of it."""
+    from .data import leaks as run
+    from .data import read
+    from .data.leakage import summary
+
+    structures, held_out = read(arguments["data"]), read(arguments["held_out"])
+    found = run(structures, held_out, tolerance=arguments["tolerance"])
+    if arguments["json"]:
+        print(json.dumps({"structures": len(structures), "leaks": [vars(leak) for leak in found]}, ensure_ascii=False))
+        return
+    for leak in found:
+        print(f"{leak.index}\t{leak.other}\t{leak.why}")
+    console.print(summary(found, len(structures)))
+
+
+def bakeoff(arguments: Arguments) -> None:
+    """Which pre-training helps: objectives at equal compute, with intervals."""
+    from .study.bakeoff import Target
+    from .study.bakeoff import bakeoff as run
+
+    pairs = _with_pairs(arguments)
+    objective, properties = pairs.pop("objective"), pairs.pop("property")
+    if (objective is None) == (not properties):
+        raise InputError("bakeoff needs --property NAME..., or else an --objective, to be learned from the target")
+    goals = {name: Property(name) for name in properties or []} or {"target": objective}
+    target, test = pairs.pop("target"), pairs.pop("test")
+    own = {option: {k: v for k, v in pairs[option].items() if k not in KEYS} for option in ("label", "unit")}
+    targets = {name: Target(target, goal, test, **_named_in(own, goal)) for name, goal in goals.items()}
+    cheap = {option: {k: v for k, v in pairs[option].items() if k in KEYS} for option in ("label", "unit")}
+    backbone = pairs.pop("backbone")
+    backbones = None if backbone is None else {type(backbone).__name__: backbone}
+    as_json = pairs.pop("json")
+    data, out = pairs.pop("data"), pairs.pop("out")
+    result = run(data, targets, out, backbones=backbones, quiet=as_json, **{**pairs, **cheap})
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> dict[str, dict[str, str]]:
+    wanted = objective.labels()
+    return {option: {k: v for k, v in pairs.items() if k in wanted} for option, pairs in named.items()}
+
+
 VERBS: dict[str, Callable[[Arguments], None]] = {
-    verb.__name__: verb for verb in (demo, pretrain, finetune, evaluate, predict, info, pack)
+    verb.__name__: verb for verb in (demo, pretrain, finetune, evaluate, predict, info, pack, leaks, bakeoff)
 }
 
 
@@ -216,6 +261,8 @@ def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
         "predict": _predict_parser,
         "info": _info_parser,
         "pack": _pack_parser,
+        "leaks": _leaks_parser,
+        "bakeoff": lambda: _bakeoff_parser(backbone),
     }
     parser = Parser(
         prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__
@@ -251,6 +298,9 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
         "--split-key", type=str, default=None, help="KEY with train, val and test, or KEY=VALUE of the test set"
     )
     _label_arguments(parser)
+    parser.add_argument(
+        "--held-out", nargs="+", type=str, default=None, help="test structures: what matches them is not trained on"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what a run would take, and write nothing")
     parser.add_class_arguments(TrainConfig, None)
     return parser
@@ -293,6 +343,42 @@ def _pack_parser() -> Parser:
     parser.add_argument("--out", type=str, required=True, help="new folder")
     parser.add_argument("--level", type=str, default=None, help="level of theory of the labels, such as PBE")
     _label_arguments(parser)
+    return parser
+
+
+def _leaks_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("data", nargs="+", type=str, help="structures to train on: files, folders, packed sets")
+    parser.add_argument("--held-out", nargs="+", type=str, required=True, help="structures to test on")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="fraction by which distances may differ")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _bakeoff_parser(backbone: Arguments | None = None) -> Parser:
+    parser = Parser()
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("data", nargs="+", type=str, help="structures to pre-train on")
+    parser.add_argument("--target", nargs="+", type=str, required=True, help="labelled structures to fine-tune on")
+    parser.add_argument("--test", nargs="+", type=str, default=None, help="test structures; or a fifth of the target")
+    parser.add_argument("--property", nargs="+", type=str, default=[], help="labels of the target, one study of each")
+    parser.add_subclass_arguments(Objective, "objective", required=False, help="or what to learn of the target")
+    help = "the architecture, a small TensorNet by default"
+    parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
+    parser.add_argument("--out", type=str, required=True, help="folder of the study; the same command resumes")
+    parser.add_argument("--arms", nargs="+", type=str, default=None, help="by default all that the labels allow")
+    parser.add_argument("--pretraining", type=str, default="5min", help="processor time of each pre-training")
+    parser.add_argument("--tuning", type=str, default="1min", help="processor time of each fine-tuning")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=None, help="numbers of labels; all up to 500 by default"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="of weights and labels")
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 5e-4], help="learning rates that arms try")
+    parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
+    parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
+    parser.add_argument("--workers", type=int, default=None, help="cells at once")
+    _label_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
 

@@ -129,17 +129,19 @@ class Model(nn.Module):
             model.bond_vectors = self.bond_vectors
         return model.train(self.training)
 
-    def whole(self, part: str | None = None) -> Model:
+    def whole(self, part: str | None = None, wanted: Collection[str] | None = None) -> Model:
         """The model to be used: the part that is named, or all of it where there is nothing to choose between.
 
-        Raises `InputError` when there is, and no part is named.
+        Raises `InputError` when several parts have an output of the same name (one of those `wanted`, if these are
+        given), and no part is named.
         """
         if part is not None:
             return self.part(part)
+        own = {name: found["outputs"] for name, found in self.card.get("parts", {}).items()}
         several = [
             name
-            for name, found in self.card.get("parts", {}).items()
-            if any(k != v for k, v in found["outputs"].items())
+            for name, outputs in own.items()
+            if any(short != full and (wanted is None or short in wanted) for short, full in outputs.items())
         ]
         if several:
             names = " or ".join(several)

@@ -126,8 +126,9 @@ def _steps_left(config: TrainConfig, seconds: float, done: dict[str, Any]) -> fl
     if done.get("finished"):
         return 0
     steps = config.n_steps - done.get("step", 0)
-    if config.seconds is not None:
-        steps = min(steps, (config.seconds - done.get("elapsed", 0.0)) / seconds)
+    for name, clock in (("time", "elapsed"), ("processor_time", "cpu")):  # with one thread the same
+        if name in config.seconds:
+            steps = min(steps, (config.seconds[name] - done.get(clock, 0.0)) / seconds)
     return max(steps, 0)
 
 

@@ -43,8 +43,9 @@ class TrainConfig:
     """How to train.
 
     Args:
-        steps: optimiser steps at most; 1000 when neither steps nor time is given.
-        time: wall-clock time at most, such as "90s", "10min" or "2h"; whichever ends first ends the run.
+        steps: optimiser steps at most; 1000 when nothing else bounds the run, which ends with what ends first.
+        time: wall-clock time at most, such as "90s", "10min" or "2h".
+        processor_time: of the (first) process at most, likewise: fair to runs that share a machine.
         lr: peak learning rate, after a linear warm-up and before a cosine decay.
         backbone_lr: peak learning rate of the backbone; zero freezes it, None is the same as lr.
         weight_decay: of AdamW.
@@ -64,6 +65,7 @@ class TrainConfig:
 
     steps: int | None = None
     time: str | None = None
+    processor_time: str | None = None
     lr: float = 2e-3
     backbone_lr: float | None = None
     weight_decay: float = 1e-5
@@ -91,19 +93,22 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, but must not be negative")
         if not (0 <= self.warmup < 1 and 0 <= self.ema < 1):
             raise InputError("warmup and ema are fractions: zero or more, and below one")
-        if self.seconds is not None and self.seconds <= 0:
-            raise InputError(f"time is '{self.time}', but must be above zero")
+        for name, seconds in self.seconds.items():
+            if seconds <= 0:
+                raise InputError(f"{name} is '{getattr(self, name)}', but must be above zero")
 
     @property
-    def seconds(self) -> float | None:
-        return None if self.time is None else parse_time(self.time)
+    def seconds(self) -> dict[str, float]:
+        """Bounds of the run in seconds: "time", "processor_time"."""
+        given = {"time": self.time, "processor_time": self.processor_time}
+        return {name: parse_time(text) for name, text in given.items() if text is not None}
 
     @property
     def n_steps(self) -> float:
         """Steps at most; infinite where only time bounds the run."""
         if self.steps is not None:
             return self.steps
-        return 1000 if self.time is None else math.inf
+        return math.inf if self.seconds else 1000
 
 
 class Progress(NamedTuple):
@@ -289,8 +294,8 @@ class _Run:
                 loss, terms = self._optimise(pieces)
                 self.step += 1
                 self.place = pieces[-1].after
-                self.elapsed = self._agreed(before + time.monotonic() - start)
-                self.cpu = cpu_before + time.process_time() - cpu_start
+                clocks = before + time.monotonic() - start, cpu_before + time.process_time() - cpu_start
+                self.elapsed, self.cpu = self._agreed(clocks)
 
                 fraction = min(self._fraction(), 1.0)
                 valid = self._validate() if self._validation_is_due(fraction) else None
@@ -414,9 +419,9 @@ class _Run:
             counts.update(_numbers({name: count for name, (_, count) in terms.items()}))
         return counts
 
-    def _agreed(self, elapsed: float) -> float:
-        """The first process's clock, where it decides when the run ends."""
-        return elapsed if self.config.time is None else distributed.from_first(lambda: elapsed)
+    def _agreed(self, clocks: tuple[float, float]) -> tuple[float, float]:
+        """The first process's clocks, where they decide when the run ends."""
+        return distributed.from_first(lambda: clocks) if self.config.seconds else clocks
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -426,8 +431,8 @@ class _Run:
 
     def _fraction(self) -> float:
         by_steps = self.step / self.config.n_steps if self.config.n_steps else 1.0
-        seconds = self.config.seconds
-        return max(by_steps, 0.0 if seconds is None else self.elapsed / seconds)
+        clocks = {"time": self.elapsed, "processor_time": self.cpu}
+        return max(by_steps, *(clocks[name] / seconds for name, seconds in self.config.seconds.items()), 0.0)
 
     def _set_learning_rates(self, fraction: float) -> float:
         warmup = self.config.warmup

@@ -22,6 +22,7 @@ from .backbones import Backbone, TensorNet
 from .console import bar, console, table
 from .data.columns import codes, count_elements, elements, has, isolated_atoms, listed
 from .data.labels import Labelled, Labels, resolve
+from .data.leakage import Leak, leaks, summary
 from .data.load import CALIBRATION, count_edges, plan, rng_of
 from .data.read import Source, read
 from .data.sequences import Joined, Subset
@@ -62,6 +63,7 @@ def pretrain(
     split_key: str | None = None,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
+    held_out: Source | None = None,
     dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
@@ -82,6 +84,7 @@ def pretrain(
         label: quantity to the key that holds it, such as {"band_gap": "gap_pbe"}; of one part of several, as
             {"pbesol.energy": "E_pbesol"}.
         unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
+        held_out: structures on which the model will be judged: what matches one of them (see `leaks`) is left out.
         dry_run: only say what the run would take, or what is left of it where `out` holds a part of it, measured on a
             few steps; nothing is written. The model that is returned was not trained; its card has the numbers under
             "dry run".
@@ -94,7 +97,9 @@ def pretrain(
     settings = _train_config(config)
     _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
-    data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
+    data = _Data(
+        structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
+    )
 
     with torch.random.fork_rng(devices=[]):
         architecture = described(told(backbone, objective))
@@ -134,6 +139,7 @@ def finetune(
     split_key: str | None = None,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
+    held_out: Source | None = None,
     dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
@@ -153,9 +159,11 @@ def finetune(
     """
     distributed.join()
     _check_objective(objective)
-    base = (base if isinstance(base, Model) else load(base)).whole(part)
+    base = (base if isinstance(base, Model) else load(base)).whole(part, _names(objective))
     settings = _train_config(config, base.architecture()["dtype"])
-    data = _Data(structures, objective, valid, valid_fraction, split_by, split_key, label, unit, settings.seed, verbose)
+    data = _Data(
+        structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
+    )
 
     identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
     asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": _lasting(settings)}
@@ -302,6 +310,7 @@ class _Data:
         split_key: str | None,
         label: Mapping[str, str] | None,
         unit: Mapping[str, str] | None,
+        held_out: Source | None,
         seed: int,
         verbose: bool,
     ):
@@ -318,10 +327,18 @@ class _Data:
         self.split = distributed.from_first(
             lambda: self._split(everything, valid is not None, valid_fraction, split_by, split_key, seed)
         )
-        kept = np.setdiff1d(self.split.train, lone) if len(lone) else self.split.train
+        found: list[Leak] = []
+        if held_out is not None:
+            found = distributed.from_first(lambda: leaks(everything, read(held_out), quiet=not verbose))
+        away = np.union1d(lone, [leak.index for leak in found]).astype(int)
+        kept = np.setdiff1d(self.split.train, away) if len(away) else self.split.train
+        if not len(kept):
+            raise InputError("every structure to train on is also held out: there is nothing to learn from")
         self.train: Sequence[ase.Atoms] = Subset(labelled, kept)
         self.unlabelled = Subset(everything, kept)  # the same, as they were read
-        self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, lone))
+        self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, away))
+        if verbose and held_out is not None:
+            console.print(f"Held out: {summary(found, len(everything))}{'; they are left out' if found else ''}")
         if valid is not None:
             others, others_labelled, _ = _labelled(valid, objective, label, unit)
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
@@ -334,6 +351,7 @@ class _Data:
             "data": distributed.from_first(lambda: fingerprint(labelled)),
             "valid": own if valid is None else distributed.from_first(lambda: fingerprint(self.valid)),
             "labels": self.labels.to_json(),
+            **({} if held_out is None else {"leaks": len(found)}),
         }
 
     def samples(self, objective: Objective) -> list[Sample]:
@@ -507,6 +525,7 @@ def _trained(
         "objective": described(objective),
         "data": asked["data"],
         "structures": len(data.train),
+        **({"leaks left out": asked["leaks"]} if "leaks" in asked else {}),
         "validation structures": len(data.valid),
         **distributed.from_first(lambda: _ending(last, folder)),
         "alignment": dict(report),
@@ -631,6 +650,12 @@ def _show_alignment(report: Mapping[str, Any]) -> None:
         console.print(
             table(f"Alignment: reference energies, {report['elements told apart']} elements told apart", rows)
         )
+
+
+def _names(objective: Objective) -> list[str]:
+    """Of its outputs."""
+    with torch.random.fork_rng(devices=[]):
+        return list(objective.outputs(2))
 
 
 def _check_objective(objective: Any) -> None:

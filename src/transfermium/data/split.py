@@ -185,6 +185,18 @@ def nested(indices: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int 
     return [order[:size] for size in sizes]
 
 
+def materials(structures: Sequence[Atoms]) -> np.ndarray:
+    """Numbers that are equal for structures of one material: of one id, if they have any; else each is its own."""
+    groups = np.full(len(structures), -1)
+    for key in IDS:
+        codes = _ids(structures, key)
+        if codes is not None:
+            groups = np.where((groups < 0) & (codes >= 0), codes + groups.max() + 1, groups)
+    alone = groups < 0
+    groups[alone] = groups.max() + 1 + np.arange(alone.sum())
+    return groups
+
+
 def found_split_keys(structures: Sequence[Atoms]) -> dict[str, list[Any]]:
     """Keys of info that look like a ready-made split (split, test_fold, cv_fold...) → their values."""
     found: dict[str, set[Any]] = {}

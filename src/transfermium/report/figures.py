@@ -189,6 +189,44 @@ def label_curves(series: Mapping[str, Sequence[Point]], x_label: str, y_label: s
     return fig
 
 
+@styled()
+def forest(panels: Mapping[str, Sequence[tuple[str, float, float, float]]]) -> Figure:
+    """Ratios with their intervals, one line each, in panels side by side; one, where nothing is gained, is marked.
+
+    Args:
+        panels: title to rows of (name, ratio, low, high); all panels have the same names in the same order.
+    """
+    names = list(dict.fromkeys(row[0] for rows in panels.values() for row in rows))
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    fig = Figure(figsize=(1.6 + 2.1 * columns, lines * (0.65 + 0.26 * len(names))), layout="constrained", dpi=DPI)
+    grid = fig.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for number, (title, rows) in enumerate(panels.items()):
+        axes = grid.flat[number]
+        axes.axvline(1.0, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
+        for name, ratio, low, high in rows:
+            y = -names.index(name)
+            colour = COLOURS[2] if high < 1 else COLOURS[1] if low > 1 else COLOURS[7]
+            axes.plot([low, high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt")
+            axes.plot(ratio, y, "o", color=colour, markersize=5, markeredgecolor="white", zorder=3)
+        finite = [v for _, ratio, low, high in rows for v in (ratio, low, high) if math.isfinite(v) and v > 0]
+        middle = [row[1] for row in rows]
+        left = max(min([1.0, *finite]), 0.6 * min([1.0, *middle]))  # an interval of two seeds may span decades
+        right = min(max([1.0, *finite]), 1.6 * max([1.0, *middle]))
+        axes.set(xscale="log", title=title, xlim=(left / 1.04, right * 1.04), ylim=(0.6 - len(names), 0.6))
+        axes.set_yticks([-i for i in range(len(names))], names)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", color="#e6e9ed", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    return fig
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of one panel; inches."""
     fig = Figure(figsize=(width, height), layout="constrained", dpi=DPI)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich
-import torch
 from ase import Atoms
 
 from ..backbones import PaiNN
-from ..console import bar, console, table
+from ..console import console, table
 from ..crystals import crystals
 from ..data.split import nested
 from ..evaluate import evaluate, predict
@@ -25,8 +20,9 @@ from ..model import Model, load
 from ..objectives import Potential
 from ..report import Page, label_curves, parity
 from ..run import write_json
-from ..train import read_metrics
 from ..transfer import finetune, pretrain
+from .cells import Cell, Done, run
+from .intervals import paired
 
 SIZES = (10, 20, 40)
 SEEDS = (0, 1, 2)
@@ -35,7 +31,6 @@ ARMS = {"shift": "PBE model + element shifts", "scratch": "from scratch", "trans
 WIDTH, DEPTH, EDGES = 32, 2, 2_000
 RATES = (3e-3, 5e-4)  # learning rates that each trained arm tries; its own validation labels choose
 QUANTITIES = {"forces": ("forces", "meV/Å"), "energy_per_atom": ("energy", "meV/atom")}
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
 
 
 def demo(
@@ -56,87 +51,58 @@ def demo(
     many = len(crystals("PBE", "train"))
     console.print(f"Pre-training on {many} PBE crystals, {len(seeds)} seeds, then transfer to r2SCAN.")
 
-    context = multiprocessing.get_context("spawn")  # forked processes would inherit busy threads
-    with _hasty(ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)) as pool:
-        bases = [pool.submit(_pretrained, out, seed, pretraining) for seed in seeds]
-        cells = [pool.submit(_cell, out, "scratch", seed, n, steps) for n in sizes for seed in seeds]
-        total = len(seeds) * pretraining + 2 * len(RATES) * len(sizes) * len(seeds) * steps
-        with bar() as bars:
-            task = bars.add_task("training", total=total, note="")
-            for seed, base in zip(seeds, bases, strict=True):
-                _follow([base], lambda: bars.update(task, completed=_steps_done(out)))
-                for arm in ("shift", "transfer"):
-                    cells += [pool.submit(_cell, out, arm, seed, n, steps) for n in sizes]
-            _follow(cells, lambda: bars.update(task, completed=_steps_done(out)))
-    costs = [base.result() for base in bases]
-    result = _result([cell.result() for cell in cells], costs, time.monotonic() - start)
-    return _shown(out, result, steps, pretraining, load(out / f"transfer-{max(sizes)}-{seeds[0]}.safetensors"))
+    bases = {seed: Cell({"seed": seed}, _base, {"steps": pretraining}, steps=pretraining) for seed in seeds}
+    cells = {
+        (arm, n, seed): _planned(arm, n, seed, steps, bases[seed]) for n in sizes for seed in seeds for arm in ARMS
+    }
+    found = dict(run([*bases.values(), *cells.values()], out, workers=workers))
+
+    costs = [found[base] for base in bases.values()]
+    result = _result([found[cell] for cell in cells.values()], costs, time.monotonic() - start)
+    example = cells["transfer", max(sizes), seeds[0]].folder(out)
+    return _shown(out, result, steps, pretraining, load(example / "model.safetensors"))
 
 
-@contextmanager
-def _hasty(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """The pool, dropping what has not begun when something fails."""
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
-    pool.shutdown()
+def _planned(arm: str, n: int, seed: int, steps: int, base: Cell) -> Cell:
+    """One arm with `n` labels; the one from scratch needs no base, the shift takes no step."""
+    key, needs = {"arm": arm, "labels": n, "seed": seed}, {} if arm == "scratch" else {"base": base}
+    if arm == "shift":
+        return Cell(key, _arm, {"steps": 0}, needs)
+    return Cell(key, _arm, {"steps": steps}, needs, steps=len(RATES) * steps)
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _follow(futures: Sequence[Future[Any]], show: Callable[[], None]) -> None:
-    """Wait for all of them, showing progress; the first failure ends the waiting."""
-    while wait(futures, timeout=0.5).not_done:
-        show()
-        for future in futures:
-            if future.done():
-                future.result()
-    show()
-
-
-def _steps_done(out: Path) -> int:
-    last = (read_metrics(folder) for folder in out.iterdir() if folder.is_dir())
-    return sum(int(rows[-1]["step"]) for rows in last if rows)
-
-
-def _pretrained(out: Path, seed: int, steps: int) -> float:
+def _base(folder: Path, seed: int, steps: int) -> float:
     """Pre-train on the PBE labels of the training materials; returns processor seconds."""
     model = pretrain(
         crystals("PBE", "train"), Potential(), PaiNN(WIDTH, DEPTH), steps=steps, seed=seed, edges=EDGES, lr=max(RATES),
-        split_by="material", out=out / f"base-{seed}", verbose=False,
+        split_by="material", out=folder / "run", verbose=False,
     )  # fmt: skip
     return _seconds(model)
 
 
-def _cell(out: Path, arm: str, seed: int, n: int, steps: int) -> dict[str, Any]:
-    """One model from `n` r2SCAN labels, and its errors on the materials that no model has seen."""
+def _arm(folder: Path, arm: str, labels: int, seed: int, steps: int, base: Done | None = None) -> dict[str, Any]:
+    """One model from so many r2SCAN labels, and its errors on the materials that no model has seen."""
     pool = crystals("r2SCAN", "train")
-    members = [int(i) for i in nested(np.arange(len(pool)), [n], seed=seed)[0]]
+    members = [int(i) for i in nested(np.arange(len(pool)), [labels], seed=seed)[0]]
     chosen = [pool[i] for i in members]
-    base = out / f"base-{seed}/model.safetensors"
-    options: dict[str, Any] = {"seed": seed, "edges": EDGES, "verbose": False}
+    options: dict[str, Any] = {"steps": steps, "seed": seed, "edges": EDGES, "verbose": False}
     if arm == "shift":  # all labels go into the shifts: nothing is trained, so nothing is validated
-        folder = out / f"{arm}-{n}-{seed}"
-        models = [finetune(base, chosen, Potential(), steps=0, valid_fraction=0, out=folder, **options)]
+        options["valid_fraction"] = 0
     else:
-        options |= {"steps": steps, "valid_fraction": 0.2, "split_by": "random"}
-        models = []
-        for rate in RATES:
-            folder = out / f"{arm}-{n}-{seed}-{rate:g}"
-            if arm == "scratch":
-                models.append(pretrain(chosen, Potential(), PaiNN(WIDTH, DEPTH), lr=rate, out=folder, **options))
-            else:
-                models.append(finetune(base, chosen, Potential(), lr=rate, out=folder, **options))
+        options |= {"valid_fraction": 0.2, "split_by": "random"}
+    models = []
+    for rate in RATES if steps else RATES[:1]:
+        options |= {"lr": rate, "out": folder / f"{rate:g}"}
+        if base is None:
+            models.append(pretrain(chosen, Potential(), PaiNN(WIDTH, DEPTH), **options))
+        else:
+            models.append(finetune(base.folder / "run/model.safetensors", chosen, Potential(), **options))
     model = min(models, key=lambda m: m.card["metrics"]["validation loss"] or 0.0)
-    model.save(out / f"{arm}-{n}-{seed}.safetensors")
+    model.save(folder / "model.safetensors")
     errors = evaluate(model, crystals("r2SCAN", "test"), verbose=False)
     found = {name: errors[name]["mae"] for name in ("forces", "energy_per_atom")}
     seconds = sum(_seconds(m) for m in models)
-    return {"arm": arm, "labels": n, "seed": seed, "members": members, "seconds": seconds, **found}
+    return {"arm": arm, "labels": labels, "seed": seed, "members": members, "seconds": seconds, **found}
 
 
 def _seconds(model: Model) -> float:
@@ -149,40 +115,21 @@ def _result(cells: Sequence[Mapping[str, Any]], costs: Sequence[float], seconds:
     sizes = sorted({cell["labels"] for cell in cells})
     errors = {(c["arm"], c["labels"], c["seed"], q): c[q] for c in cells for q in QUANTITIES}
     seeds = sorted({cell["seed"] for cell in cells})
-    ratios = {
-        f"{other} / transfer": [
-            {
-                "quantity": q,
-                "labels": n,
-                **_ratio([errors[other, n, s, q] / errors["transfer", n, s, q] for s in seeds]),
-            }
-            for q in QUANTITIES
-            for n in sizes
-        ]
-        for other in ("scratch", "shift")
-    }
+
+    def compared(other: str, n: int, q: str) -> dict[str, Any]:
+        before, after = ([errors[arm, n, seed, q] for seed in seeds] for arm in (other, "transfer"))
+        ratio = paired(before, after, ratio=True)
+        return {"quantity": q, "labels": n, "ratio": ratio.value, "low": ratio.low, "high": ratio.high}
+
+    others = ("scratch", "shift")
     return {
         "cells": [dict(cell) for cell in cells],
-        "ratios": ratios,
+        "ratios": {
+            f"{other} / transfer": [compared(other, n, q) for q in QUANTITIES for n in sizes] for other in others
+        },
         "pretraining seconds": list(costs),
         "seconds in all": round(seconds, 1),
     }
-
-
-def _ratio(values: Sequence[float]) -> dict[str, float]:
-    """Geometric mean of ratios paired by seed, and its 95 % interval."""
-    logs = [math.log(value) for value in values]
-    low, high = interval(logs)
-    return {"ratio": math.exp(float(np.mean(logs))), "low": math.exp(low), "high": math.exp(high)}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean, by Student's t; without bounds where there is a single value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return -math.inf, math.inf
-    half = T_95.get(len(values), 2.776) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean - half, mean + half
 
 
 def verdict(result: Mapping[str, Any]) -> str:

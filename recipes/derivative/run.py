@@ -1,0 +1,76 @@
+"""Do derivatives of a scalar, and labels, pre-train better than direct outputs, and noise? (doi 10.1039/d3dd00214d)
+
+    python recipes/derivative/run.py --data DIR                 the core grid: two hours on two cores
+    python recipes/derivative/run.py --data DIR --arms all      all nine arms
+    python recipes/derivative/collect.py                        what is finished, into results.json
+
+A study of six properties from few labels. Two levels of theory are pre-trained on together, PBE and PBEsol, each with
+an energy of its own. Finished cells are kept in `--runs`, so that the same command goes on.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import arguments
+
+import transfermium as tm
+from transfermium.study.bakeoff import Target, bakeoff
+
+FILES = (
+    "alexandria-random-1k",
+    "mpf-TP",
+    "mpf-alkali-TP",
+    "mptrj-random-1k",
+    "random-TP",
+)  # not the highest-stress file
+CORE = "scratch,scratch_long,denoise_derivative,efs_direct,efs_derivative"
+ALL = f"{CORE},denoise_direct,e_derivative,f_derivative,fs_derivative,dens_derivative"
+
+
+def targets(data: Path) -> dict[str, Target]:
+    def table(name: str, label: str, key: str, test: object) -> Target:
+        everything = tm.read(data / name)
+        train = [a for a in everything if a.info[key] != test]
+        return Target(train, tm.Property(label), [a for a in everything if a.info[key] == test])
+
+    return {
+        "phonons": table("matbench_phonons/all.extxyz.xz", "last_phdos_peak", "test_fold", 0),
+        "jdft2d": table("matbench_jdft2d/all.extxyz.xz", "exfoliation_en", "test_fold", 0),
+        "dielectric": table("dielectric_1056/all.extxyz.xz", "n", "cv_fold", 0),
+        "nomad2018": table("nomad2018/train.extxyz.xz", "bandgap_energy_ev", "cv_fold", 0),
+        "perov5": Target(
+            tm.read(data / "perov5/train_labelled_from_val.extxyz.xz"),
+            tm.Property("heat_ref"),
+            tm.read(data / "perov5/test_labelled_from_test.extxyz.xz"),
+        ),
+        "qmof": table("qmof_small/all.extxyz.xz", "band_gap", "split", "test"),
+    }
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, labels=500, pretraining="150s", tuning="30s"
+    )
+    cheap = {
+        "pbe": tm.read(*(args.data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in FILES)),
+        "pbesol": tm.read(args.data / "mad_pbesol_1000/all.extxyz.xz"),
+    }
+    backbones = {"TensorNet": tm.TensorNet(32, 2), "CGCNN": tm.CGCNN(64, 64, 3, cutoff=5.0), "ET": tm.ET(32, 3)}
+    bakeoff(
+        cheap,
+        targets(args.data),
+        args.runs / "derivative",
+        arms={"core": CORE, "all": ALL}.get(args.arms, args.arms).split(","),
+        backbones={args.backbone: backbones[args.backbone]},
+        pretraining=args.pretraining,
+        tuning=args.tuning,
+        sizes=[args.labels],
+        seeds=args.seeds,
+        edges=4_000,
+        workers=args.workers,
+    )
+
+
+if __name__ == "__main__":  # workers import this file
+    main()

@@ -1,0 +1,85 @@
+"""The page and the tables of a comparison of ways to pre-train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..report import Page, forest
+from .ranking import LONG, SCRATCH
+
+Result = Mapping[str, Any]  # of `bakeoff`
+
+
+def page(result: Result, counts: Mapping[str, int]) -> Page:
+    """One page with the verdict, the answers, every arm on every target, and how it was done."""
+    settings = result["settings"]
+    page = Page("Which pre-training helps", "Objectives and backbones at equal compute")
+    page.verdict(result["verdict"])
+    page.table(
+        questions(result),
+        "Ratio of errors over all targets, with its 95 % interval over seeds",
+        "Below one the arm has the lower errors. The interval is that of other seeds on these targets.",
+    )
+    caption = "Errors relative to scratch with the same fine-tuning: ratio and 95 % interval over seeds."
+    page.figure(forest(_panels(result)), caption)
+    page.table(rows(result), "Every arm on every target; clear: neither other seeds nor other materials explain it")
+    page.heading("How it was done")
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    page.text(
+        f"Every arm was pre-trained for {settings['pretraining']} of processor time on the same materials "
+        f"({counts['structures']} structures; noise is learned on {counts['relaxed']}, of each material the one "
+        f"nearest to equilibrium), and fine-tuned for {settings['tuning']}, in batches of at most {settings['edges']} "
+        f"edges. {SCRATCH} skips pre-training, {LONG} spends its time on fine-tuning. "
+        f"{settings['valid fraction']:.0%} of the labels choose the checkpoint and are counted. The learning rate of "
+        f"fine-tuning was chosen once for each arm and backbone among {rates}, by the validation loss on the first "
+        f"target with seed 0. Structures to pre-train on that match a test structure were left out: {result['leaks']}."
+    )
+    page.table(result["rates"], "Learning rates that were chosen")
+    return page.numbers(result)
+
+
+def questions(result: Result) -> list[dict[str, str]]:
+    """Rows of a table of questions and answers."""
+    several = len(result["backbones"]) > 1
+    return [
+        {
+            "question": answer["question"],
+            **({"backbone": answer["backbone"]} if several else {}),
+            "answer": answer["answer"],
+            "ratio": f"{answer['ratio']:.3f} ({answer['low']:.3f} to {answer['high']:.3f})",
+        }
+        for answer in result["answers"]
+    ]
+
+
+def rows(result: Result, short: bool = False) -> list[dict[str, str]]:
+    """Rows of a table of errors; `short` ones fit a terminal."""
+    found = [_row(one) for one in result["comparisons"]]
+    dull = [key for key in ("backbone", "labels") if len({row[key] for row in found}) == 1]
+    if short:
+        dull += ["other materials"]
+    return [{name: cell for name, cell in row.items() if name not in dull} for row in found]
+
+
+def _row(one: Mapping[str, Any]) -> dict[str, str]:
+    row = {"target": one["target"], "backbone": one["backbone"], "labels": str(one["n_train"]), "arm": one["arm"]}
+    row["MAE"] = f"{one['mae']:.4g} {one['unit']}".strip()
+    row |= dict.fromkeys(("/ scratch", "other seeds", "other materials", "clear"), "")
+    if "ratio" in one:
+        seeds, materials = ("{:.2f} to {:.2f}".format(*one[name]) for name in ("seeds interval", "materials interval"))
+        row |= {"/ scratch": f"{one['ratio']:.3f}", "other seeds": seeds, "other materials": materials}
+        row["clear"] = "yes" if one["clear"] else ""
+    return row
+
+
+def _panels(result: Result) -> dict[str, list[tuple[str, float, float, float]]]:
+    """For each target: arms with ratio and interval; of several sizes and backbones, each on its own line."""
+    panels: dict[str, list[tuple[str, float, float, float]]] = {}
+    for one in result["comparisons"]:
+        beside = [other for other in result["comparisons"] if other["target"] == one["target"]]
+        told = [str(one[key]) for key in ("backbone", "n_train") if len({other[key] for other in beside}) > 1]
+        name = f"{one['arm']} ({', '.join(told)})" if told else one["arm"]
+        if "ratio" in one:
+            panels.setdefault(one["target"], []).append((name, one["ratio"], *one["seeds interval"]))
+    return panels

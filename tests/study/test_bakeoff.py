@@ -1,0 +1,167 @@
+"""Comparing ways to pre-train: what is compared with what, and what may be said of it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import transfermium as tm
+from tests.alloys import alloys
+from transfermium.study.bakeoff import ARMS, Target, bakeoff, nearest_equilibrium
+from transfermium.study.ranking import answers, comparisons, verdict
+
+
+def gaps(n: int, seed: int) -> list:
+    structures = alloys(n, seed)
+    for atoms in structures:
+        atoms.calc = None
+        atoms.info["gap"] = float(atoms.get_volume()) / len(atoms)
+    return structures
+
+
+def small(out, **changes):
+    options = {
+        "arms": ["scratch", "scratch_long", "efs_derivative"],
+        "backbones": {"PaiNN": tm.PaiNN(8, 1, 4.0, 6)},
+        "pretraining": "0.4s",
+        "tuning": "0.2s",
+        "seeds": 2,
+        "rates": [2e-3],
+        "edges": 400,
+        "quiet": True,
+    }
+    with ThreadPoolExecutor(1) as pool:
+        return bakeoff(
+            alloys(30, seed=7), {"gap": Target(gaps(20, 3), tm.Property("gap"))}, out,
+            **{**options, "executor": pool, **changes},
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bakeoff")
+    return out, small(out)
+
+
+class TestBakeoff:
+    def test_every_arm_has_the_same_labels_tests_and_time(self, study):
+        _, result = study
+        runs = result["runs"]
+        assert len(runs) == 6
+        assert len({(run["n_train"], run["n_test"], run["test_ids_sha"]) for run in runs}) == 1
+        for run in runs:
+            assert run["pretrain_seconds"] == 0 or run["pretrain_seconds"] >= 0.4
+            assert run["train_seconds"] >= (0.6 if run["arm"] == "scratch_long" else 0.2)
+            assert run["train_seconds"] < 0.6 or run["arm"] == "scratch_long"
+        assert {run["arm"] for run in runs if run["pretrain_seconds"]} == {"efs_derivative"}
+
+    def test_the_same_call_does_nothing_again(self, study):
+        out, result = study
+        before = {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")}
+        assert small(out) == result
+        assert {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")} == before
+
+    def test_another_arm_adds_its_own_cells(self, study, tmp_path):
+        out, result = study
+        before = set(out.glob("cells/*"))
+        more = small(out, arms=["scratch", "scratch_long", "efs_derivative", "denoise_derivative"])
+        new = {cell.name.rsplit("-", 1)[0] for cell in set(out.glob("cells/*")) - before}
+        assert all("denoise_derivative" in name for name in new)
+        assert [run for run in more["runs"] if run["arm"] != "denoise_derivative"] == result["runs"]
+
+    def test_there_is_a_page_that_says_it(self, study):
+        out, result = study
+        page = (out / "report.html").read_text()
+        assert "efs_derivative" in result["verdict"]
+        assert "Does pre-training beat the same fine-tuning from scratch?" in page
+        assert "<svg" in page
+
+    def test_what_is_tested_on_is_not_pretrained_on(self, tmp_path):
+        test = alloys(30, seed=7)[:4]
+        for atoms in test:
+            atoms.calc, atoms.info["gap"] = None, 1.0
+        target = Target(gaps(10, 3), tm.Property("gap"), test)
+        with ThreadPoolExecutor(1) as pool:
+            result = bakeoff(
+                alloys(30, seed=7), {"gap": target}, tmp_path, arms=["efs_derivative"], executor=pool, quiet=True,
+                backbones={"PaiNN": tm.PaiNN(8, 1, 4.0, 6)}, pretraining="0.1s", tuning="0.1s", seeds=1, rates=[1e-3],
+            )  # fmt: skip
+        assert result["leaks"] != "none of 30 structures leaks"
+
+    def test_levels_of_theory_have_energies_of_their_own(self, tmp_path):
+        with ThreadPoolExecutor(1) as pool:
+            bakeoff(
+                {"one": alloys(10, seed=7), "other": alloys(10, seed=8)},
+                {"gap": Target(gaps(10, 3), tm.Property("gap"))}, tmp_path, arms=["efs_derivative"], executor=pool,
+                backbones={"PaiNN": tm.PaiNN(8, 1, 4.0, 6)}, pretraining="0.1s", tuning="0.1s", seeds=1, rates=[1e-3],
+                quiet=True,
+            )  # fmt: skip
+        (base,) = tmp_path.glob("cells/pretrained-*/run/model.safetensors")
+        assert {"one_energy", "other_energy"} <= tm.load(base).outputs.keys()
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"arms": ["efs"]}, "there is no arm 'efs': choose among scratch, scratch_long, denoise_direct"),
+            ({"seeds": 0}, "seeds is 0"),
+            ({"sizes": [500]}, "gap has 13 structures to train on, not 500"),
+        ],
+    )
+    def test_senseless_questions_are_refused(self, changes, words, tmp_path):
+        with pytest.raises(tm.InputError, match=words):
+            small(tmp_path, **changes)
+
+    def test_arms_need_their_labels(self, tmp_path):
+        with pytest.raises(tm.InputError, match="'efs_derivative' needs labels that the structures lack: they have"):
+            bakeoff(
+                gaps(10, 1), {"gap": Target(gaps(10, 3), tm.Property("gap"))}, tmp_path, arms=["efs_derivative"],
+                quiet=True,
+            )  # fmt: skip
+
+
+def test_noise_is_learned_on_the_frame_nearest_to_equilibrium():
+    structures = alloys(6)
+    for k, atoms in enumerate(structures):
+        atoms.info["material_id"] = f"m{k // 3}"
+        atoms.calc.results["forces"] = np.full((len(atoms), 3), [3.0, 1.0, 2.0, 0.5, 0.7, 0.1][k])
+    assert nearest_equilibrium(structures, {}, {}).tolist() == [1, 5]
+    for atoms in structures:
+        atoms.calc = None
+    assert nearest_equilibrium(structures, {}, {}).tolist() == [0, 3]
+
+
+def test_every_arm_is_an_objective():
+    assert all(isinstance(arm, tm.Objective) for arm in ARMS.values())
+
+
+class TestRanking:
+    def runs(self, effect: float, seeds: int = 3, noise: float = 0.02):
+        rng = np.random.default_rng(0)
+        for target in ("a", "b"):
+            difficulty = rng.lognormal(size=200)
+            for seed in range(seeds):
+                for arm, factor in (("scratch", 1.0), ("scratch_long", 0.95), ("efs_derivative", effect)):
+                    errors = factor * difficulty * rng.lognormal(sigma=0.1, size=200) * (1 + noise * rng.normal())
+                    yield {
+                        "target": target, "backbone": "PaiNN", "arm": arm, "seed": seed, "n_train": 100, "unit": "eV",
+                        "quantity": "gap", "mae": float(errors.mean()), "errors": errors.tolist(),
+                    }  # fmt: skip
+
+    def test_a_real_gain_is_found_and_said(self):
+        runs = list(self.runs(0.7))
+        (found,) = [a for a in answers(runs) if (a["arm"], a["against"]) == ("efs_derivative", "scratch")]
+        assert found["answer"] == "yes"
+        assert found["low"] < 0.7 < found["high"]
+        assert 0.6 < found["targets"]["a"] < 0.8
+        assert "efs_derivative beats the same fine-tuning from scratch" in verdict(answers(runs))
+        assert all(row["clear"] for row in comparisons(runs) if row["arm"] == "efs_derivative")
+
+    def test_no_gain_is_called_no_gain(self):
+        found = answers(list(self.runs(1.0, noise=0.1)))
+        assert {a["answer"] for a in found if a["arm"] == "efs_derivative"} == {"not clear"}
+        assert "cannot be told from" in verdict(found)
+
+    def test_harm_is_called_harm(self):
+        text = verdict(answers(list(self.runs(1.5))))
+        assert "efs_derivative is worse than the same fine-tuning from scratch" in text
+        assert text.index("scratch_long (") < text.index("efs_derivative (")
