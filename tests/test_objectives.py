@@ -328,8 +328,9 @@ class TestDenoise:
     def test_strain_is_drawn_and_found_back(self, alloy):
         objective = tm.Denoise(0.01, strain=0.05)
         sample = objective.prepare(alloy, np.random.default_rng(0))
-        strain = sample.targets["stress"][0]
-        assert np.array_equal(strain, strain.T)
+        noise = -sample.targets["forces"]
+        strain = sample.targets["stress"][0] - noise.T @ noise / sample.atoms.get_volume()
+        np.testing.assert_allclose(strain, strain.T, atol=1e-15)
         np.testing.assert_allclose(sample.atoms.cell.array, alloy.cell.array @ (np.eye(3) + strain), atol=1e-12)
         back = sample.atoms.copy()
         back.positions += sample.targets["forces"]
@@ -348,6 +349,20 @@ class TestDenoise:
         assert np.array_equal(np.diag(sample.targets["stress"][0]) > 0, stretched)
         moved = sample.atoms.get_scaled_positions(wrap=False) - atoms.get_scaled_positions(wrap=False)
         assert float((moved @ sample.atoms.cell.array * sample.targets["forces"]).sum()) < 0
+
+    def test_stress_is_that_of_the_energy_whose_force_is_the_way_back(self, alloy):
+        """Of Σ noise²/2, by finite differences; the strain that was drawn is next to nothing."""
+        sample = tm.Denoise(0.2, strain=1e-9).prepare(alloy, np.random.default_rng(0))
+        scaled = alloy.get_scaled_positions(wrap=False)
+
+        def energy(step):
+            deformation = np.eye(3) + (step + step.T) / 2
+            cell = sample.atoms.cell.array @ deformation
+            return 0.5 * np.square(sample.atoms.positions @ deformation - scaled @ cell).sum()
+
+        h = 1e-5 * np.eye(9).reshape(9, 3, 3)
+        slopes = np.array([(energy(step) - energy(-step)) / 2e-5 for step in h]).reshape(3, 3)
+        np.testing.assert_allclose(slopes / sample.atoms.get_volume(), sample.targets["stress"][0], atol=1e-8)
 
     def test_every_scale_of_noise_is_drawn(self, alloy):
         objective = tm.Denoise([0.02, 0.2])

@@ -92,6 +92,10 @@ def _of_parts(
 ) -> dict[str, Any]:
     """Errors of each part whose labels the structures have."""
     edges, device, seed, verbose = options
+    known = objective.comparable().labels()
+    for name in {**(label or {}), **(unit or {})}:
+        if name not in known:
+            raise InputError(f"'{name}' is not a label of this model, which has {', '.join(known)}")
     result: dict[str, Any] = {"n": len(given)}
     missing = []
     for name, part in objective.parts.items():
@@ -103,6 +107,8 @@ def _of_parts(
                 verbose=verbose,
             )  # fmt: skip
         except InputError as error:
+            if any(name in wanted for name in label or {}) or isinstance(error, distributed.Lost):
+                raise
             missing.append(str(error))
             continue
         result |= {key: value for key, value in found.items() if key != "n"}

@@ -70,7 +70,8 @@ def fingerprint(structures: Sequence[ase.Atoms], most: int = 20_000) -> str:
         atoms = structures[int(index)]
         for array in (atoms.numbers, atoms.positions, np.asarray(atoms.cell), atoms.pbc):
             digest.update(np.ascontiguousarray(array).tobytes())
-        named = {**atoms.arrays, **atoms.info}
+        results = atoms.calc.results if atoms.calc is not None else {}
+        named = {**atoms.arrays, **atoms.info, **{f"calc {name}": value for name, value in results.items()}}
         for name in sorted(named):
             digest.update(f"{name}={np.asarray(named[name]).tolist()}".encode())
     return digest.hexdigest()[:16]

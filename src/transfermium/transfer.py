@@ -342,6 +342,8 @@ class _Data:
         if valid is not None:
             others, others_labelled, _ = _labelled(valid, objective, label, unit)
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
+            if held_out is not None:
+                kept = np.setdiff1d(kept, [leak.index for leak in leaks(others, read(held_out), quiet=True)])
             self.valid = Subset(others_labelled, kept)
         if verbose:
             distributed.from_first(lambda: self._tell(everything, valid is None, split_key, objective))
@@ -351,7 +353,7 @@ class _Data:
             "data": distributed.from_first(lambda: fingerprint(labelled)),
             "valid": own if valid is None else distributed.from_first(lambda: fingerprint(self.valid)),
             "labels": self.labels.to_json(),
-            **({} if held_out is None else {"leaks": len(found)}),
+            **({} if held_out is None else {"leaks": [leak.index for leak in found]}),
         }
 
     def samples(self, objective: Objective) -> list[Sample]:
@@ -407,6 +409,13 @@ class _Data:
                 "[yellow]Some elements are in validation only, so its energies mean little: keep the groups, or choose "
                 "another split, such as --split-by random[/yellow]"
             )
+        if isinstance(objective, Together) and len(self.valid):
+            meant = {self.valid[i].info.get("part") for i in range(len(self.valid))}
+            for part in objective.parts:
+                if not meant & {None, part}:
+                    console.print(
+                        f"[yellow]Nothing of the part {part} validates, so it does not choose the checkpoint[/yellow]"
+                    )
         found = found_split_keys(structures)
         if found and split_key is None:
             keys = ", ".join(found)
@@ -525,7 +534,7 @@ def _trained(
         "objective": described(objective),
         "data": asked["data"],
         "structures": len(data.train),
-        **({"leaks left out": asked["leaks"]} if "leaks" in asked else {}),
+        **({"leaks left out": len(asked["leaks"])} if "leaks" in asked else {}),
         "validation structures": len(data.valid),
         **distributed.from_first(lambda: _ending(last, folder)),
         "alignment": dict(report),
@@ -604,8 +613,6 @@ def _card(model: Model, objective: Objective, data: _Data, history: list[Any], b
     earlier = base.card.get("elements", {}) if base is not None else {}
 
     quantities = _quantities(model.outputs, objective, data.labels)
-    energies = [head for head in model.heads.values() if isinstance(head, EnergyHead)]
-    references = energies[0].references.tolist() if energies else []
     return {
         "objective": described(objective),
         "quantities": quantities,
@@ -613,11 +620,18 @@ def _card(model: Model, objective: Objective, data: _Data, history: list[Any], b
         "levels": dict(levels),
         "elements": {symbol: int(n) for symbol, n in (Counter(earlier) + seen).items()},
         "elements in last stage": sorted(seen),
-        "references (eV)": {chemical_symbols[z]: e for z, e in enumerate(references) if e},
+        "references (eV)": _references(model, list(model.heads)),
         "history": history,
         "metrics": {"validation loss": history[-1]["best validation loss"]},
-        **({"parts": dict(_parts_of(objective, data.labels))} if isinstance(objective, Together) else {}),
+        **({"parts": dict(_parts_of(model, objective, data.labels))} if isinstance(objective, Together) else {}),
     }
+
+
+def _references(model: Model, names: Sequence[str]) -> dict[str, float]:
+    """Of the first of these heads that is an energy."""
+    heads = [head for name in names if isinstance(head := model.heads[name], EnergyHead)]
+    references = heads[0].references.tolist() if heads else []
+    return {chemical_symbols[z]: energy for z, energy in enumerate(references) if energy}
 
 
 def _quantities(names: Container[str], objective: Objective, labels: Labels) -> dict[str, list[str]]:
@@ -629,13 +643,18 @@ def _quantities(names: Container[str], objective: Objective, labels: Labels) -> 
     return quantities
 
 
-def _parts_of(objective: Together, labels: Labels) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parts_of(model: Model, objective: Together, labels: Labels) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a model needs to know to be used as one of its parts."""
     for name, outputs in objective.names.items():
         part = objective.parts[name]
         named = [e for e in labels.entries if e.quantity.startswith(f"{name}.") or e.quantity in part.labels()]
         own = Labels(tuple(replace(e, quantity=e.quantity.removeprefix(f"{name}.")) for e in named))
-        card = {"objective": described(part), "labels": own.to_json(), "quantities": _quantities(outputs, part, own)}
+        card = {
+            "objective": described(part),
+            "labels": own.to_json(),
+            "quantities": _quantities(outputs, part, own),
+            "references (eV)": _references(model, [full for full in outputs.values() if full in model.heads]),
+        }
         yield name, {"outputs": outputs, "card": card}
 
 

@@ -1,5 +1,6 @@
 """Comparing ways to pre-train: what is compared with what, and what may be said of it."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -61,6 +62,13 @@ class TestBakeoff:
         assert small(out) == result
         assert {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")} == before
 
+    def test_a_study_that_was_moved_is_not_done_again(self, study, tmp_path):
+        out, result = study
+        shutil.copytree(out, tmp_path / "moved")
+        before = len(list(out.glob("cells/*")))
+        assert small(tmp_path / "moved") == result
+        assert len(list((tmp_path / "moved").glob("cells/*"))) == before
+
     def test_another_arm_adds_its_own_cells(self, study, tmp_path):
         out, result = study
         before = set(out.glob("cells/*"))
@@ -88,6 +96,28 @@ class TestBakeoff:
             )  # fmt: skip
         assert result["leaks"] != "none of 30 structures leaks"
 
+    def test_what_is_not_labelled_is_left_out_and_said(self, tmp_path, capsys):
+        pool, test = gaps(16, 3), gaps(8, 4)
+        for atoms in (*pool[:4], test[0]):
+            del atoms.info["gap"]
+        with ThreadPoolExecutor(1) as pool_of_threads:
+            result = bakeoff(
+                alloys(20, seed=7), {"gap": Target(pool, tm.Property("gap"), test)}, tmp_path, arms=["efs_derivative"],
+                backbones={"PaiNN": tm.PaiNN(8, 1, 4.0, 6)}, pretraining="0.1s", tuning="0.1s", seeds=1,
+                rates=[1e-3, 1e8], executor=pool_of_threads, quiet=True,
+            )  # fmt: skip
+        assert {run["n_test"] for run in result["runs"]} == {7}
+        assert max(run["n_train"] for run in result["runs"]) <= 12
+        assert {rate["lr"] for rate in result["rates"]} == {1e-3}, "the rate that diverges was chosen"
+        assert "Infinity" not in (tmp_path / "results.json").read_text()
+
+    def test_energies_of_several_levels_are_not_confused(self, tmp_path):
+        with pytest.raises(tm.InputError, match="the target emt has energies, and one, other each have their own"):
+            bakeoff(
+                {"one": alloys(6, seed=7), "other": alloys(6, seed=8)},
+                {"emt": Target(alloys(8, 1), tm.Potential())}, tmp_path, quiet=True,
+            )  # fmt: skip
+
     def test_levels_of_theory_have_energies_of_their_own(self, tmp_path):
         with ThreadPoolExecutor(1) as pool:
             bakeoff(
@@ -104,6 +134,8 @@ class TestBakeoff:
         [
             ({"arms": ["efs"]}, "there is no arm 'efs': choose among scratch, scratch_long, denoise_direct"),
             ({"seeds": 0}, "seeds is 0"),
+            ({"rates": []}, "no learning rate to try"),
+            ({"arms": {"scratch": tm.Denoise()}}, "'scratch' is the name of a control"),
             ({"sizes": [500]}, "gap has 13 structures to train on, not 500"),
         ],
     )
@@ -155,6 +187,35 @@ class TestRanking:
         assert 0.6 < found["targets"]["a"] < 0.8
         assert "efs_derivative beats the same fine-tuning from scratch" in verdict(answers(runs))
         assert all(row["clear"] for row in comparisons(runs) if row["arm"] == "efs_derivative")
+
+    def test_seeds_that_agree_do_not_make_up_for_few_materials(self):
+        """Two arms that differ by nothing but which materials they find hard, on ten of them."""
+        rng, runs = np.random.default_rng(0), []
+        for arm in ("scratch", "efs_derivative"):
+            hard = rng.lognormal(sigma=0.8, size=10)
+            runs += [
+                {
+                    "target": "a", "backbone": "PaiNN", "arm": arm, "seed": seed, "n_train": 9, "unit": "",
+                    "quantity": "gap", "mae": float(hard.mean()) * (1 + 1e-3 * seed),
+                    "errors": (hard * (1 + 1e-3 * seed)).tolist(),
+                }
+                for seed in range(3)
+            ]  # fmt: skip
+        (found,) = answers(runs)
+        assert found["low"] > 1 or found["high"] < 1
+        assert found["answer"] == "not clear"
+
+    def test_frames_of_a_material_count_together(self):
+        runs = [{**run, "materials": np.repeat(np.arange(4), 50).tolist()} for run in self.runs(0.97)]
+        alone, together = comparisons(list(self.runs(0.97))), comparisons(runs)
+        for one, other in zip(alone, together, strict=True):
+            if "ratio" in one:
+                assert np.diff(np.log(other["materials interval"]))[0] != np.diff(np.log(one["materials interval"]))[0]
+
+    def test_a_classifier_without_mistakes_can_be_compared(self):
+        runs = [{**run, "errors": [0.0] * 200, "mae": 0.0} if run["arm"] != "scratch" else run for run in self.runs(1)]
+        assert all(np.isfinite(answer["ratio"]) for answer in answers(runs))
+        assert comparisons(runs)
 
     def test_no_gain_is_called_no_gain(self):
         found = answers(list(self.runs(1.0, noise=0.1)))

@@ -68,21 +68,18 @@ class ET(Backbone):
         self.told = VectorInputs(width, vector_inputs)
         self.basis = ExpNormal(radial, cutoff)
         self.neighbors = Neighbors(width, radial, elements, inputs)
-        self.attention = nn.ModuleList(
-            [Attention(width, radial, heads, first=k == 0 and not vector_inputs) for k in range(depth)]
-        )
+        self.attention = nn.ModuleList([Attention(width, radial, heads, first=k == 0) for k in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.vector_scale = nn.Parameter(torch.ones(width))
 
     def forward(self, graph: AtomGraph) -> Features:
         edges = Neighborhood(graph, self.edges, self.basis)
-        told, v = self.told(graph)  # v: (n_atoms, 3, width), or None until the first block
+        told, vectors = self.told(graph)
         x = self.neighbors(plus(self.node_inputs(graph), told), graph, edges)
-        if v is None and self.vector_inputs:  # not given this time
-            v = x.new_zeros(len(x), 3, self.width)
+        v: Tensor | None = None  # (n_atoms, 3, width) after the first block, when those that it is told join
         for block in self.attention:
             dx, dv = block(x, v, edges)
-            x, v = x + dx, plus(dv, v)
+            x, v = x + dx, plus(dv, vectors if v is None else v)
         assert v is not None
         length2 = v.square().sum(dim=1, keepdim=True).mean(dim=2, keepdim=True)
         return Features(self.norm(x), self.vector_scale * v / torch.sqrt(length2 + 1e-2))

@@ -24,8 +24,8 @@ class Denoise(Objective):
     Noise is drawn afresh at every access. Its mean over the atoms is taken out, and in structures without periodic
     directions its rotation too: a derivative of an energy has neither net force nor net torque, so it could never
     fit them. With `strain`, structures that are periodic in three directions are strained as well, and the output
-    called "stress" learns by how much: an energy that is lowest at the structure as it was has force -noise and stress
-    +strain near it.
+    called "stress" learns by how much: the energy Σ noise²/2 + V Σ strain²/2 is lowest at the structure as it was; its
+    force is -noise, and its stress strain + Σ noise⊗noise / V, as displacements are stretched with the cell.
 
     A structure is a minimum of that energy only if it was relaxed. Others can be used when the model is told their
     forces (`told_forces`: DeNS, arXiv:2403.09549), which make the way back unique; those without forces teach nothing
@@ -42,11 +42,13 @@ class Denoise(Objective):
 
     def __init__(
         self,
-        sigma: float | list[float] = 0.1,
+        sigma: float | Sequence[float] = 0.1,
         conservative: bool = True,
         strain: float = 0.0,
         told_forces: bool = False,
     ):
+        if not isinstance(sigma, int | float):
+            sigma = list(sigma)
         for one in sigma if isinstance(sigma, list) else [sigma]:
             if not 0 < one < 5:
                 raise InputError(f"sigma is {one} Å, but noise must be above 0 and below 5 Å; 0.05 to 0.3 is usual")
@@ -108,10 +110,12 @@ class Denoise(Objective):
                 noisy.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
             else:
                 strain = np.full((3, 3), np.nan)
-            targets["stress"] = strain[None]
         if not atoms.pbc.any() and len(atoms) > 1:
             noise -= rigid_rotation(atoms.positions, noise)  # then it has no torque in the noisy structure either
         noisy.positions += noise
+        if self.strain:
+            volume = noisy.get_volume() if noisy.cell.rank == 3 else np.nan
+            targets["stress"] = (strain + noise.T @ noise / volume)[None]
         targets |= {"forces": -noise, "noise": np.array([sigma])}
         if not self.told_forces:
             return Sample(noisy, targets)
@@ -119,7 +123,7 @@ class Denoise(Objective):
         forces = label(atoms, "forces", (len(atoms), 3))
         if not np.isfinite(forces).all():
             forces = np.zeros((len(atoms), 3))
-            targets |= {name: np.full_like(targets[name], np.nan) for name in ("forces", "stress") if name in targets}
+            targets = {name: np.full_like(values, np.nan) for name, values in targets.items()}
         return Sample(noisy, targets, {"forces": forces})
 
     def wanted(self, targets: Mapping[str, Any]) -> list[str]:

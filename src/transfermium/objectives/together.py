@@ -54,6 +54,9 @@ class Together(Objective):
                 raise InputError(f"the weight of '{name}' is {weight}, but must be zero or positive")
         self.parts = dict(parts)
         self.weights = weights
+        names = [full for own in self.names.values() for full in own.values()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"two parts would have an output '{twice[0]}': choose another name for one of them")
 
     @cached_property
     def names(self) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rich
+import torch
 from ase import Atoms
 
 from ..backbones import Backbone, TensorNet
@@ -26,7 +28,7 @@ from ..objectives import Denoise, Objective, Potential, Together
 from ..run import fingerprint, write_json
 from ..train import parse_time
 from ..transfer import finetune, pretrain
-from .bakeoff_page import page, questions, rows
+from .bakeoff_page import finite, page, questions, rows
 from .cells import Cell, Done, run
 from .ranking import LONG, SCRATCH, answers, comparisons, verdict
 
@@ -104,6 +106,8 @@ def bakeoff(
         raise InputError("a comparison needs a target: give labelled structures and what to learn of them")
     if seeds < 1:
         raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
+    if not rates:
+        raise InputError("no learning rate to try: give at least one")
     backbones = {"TensorNet": TensorNet(32, 2)} if backbones is None else dict(backbones)
     levels = (
         {name: read(source) for name, source in structures.items()}
@@ -124,7 +128,7 @@ def bakeoff(
     for backbone in backbones:
         for arm in objectives:
             tried = cells((first, backbone, arm, largest, 0, rate) for rate in rates)
-            losses = [found[cell]["validation loss"] for cell in tried]
+            losses = [_or_infinite(found[cell]["validation loss"]) for cell in tried]
             chosen[backbone, arm] = rates[int(np.argmin(losses))]
 
     grid = [
@@ -143,12 +147,12 @@ def bakeoff(
         "backbones": {name: described(backbone) for name, backbone in backbones.items()},
         "rates": [{"backbone": b, "arm": a, "lr": rate} for (b, a), rate in chosen.items()],
         "leaks": plan.leaks,
-        "runs": [{k: v for k, v in one.items() if k != "errors"} for one in runs],
+        "runs": [{k: v for k, v in one.items() if k not in ("errors", "materials")} for one in runs],
         "comparisons": comparisons(runs),
         "answers": answers(runs),
     }
     result["verdict"] = verdict(result["answers"])
-    write_json(out / "results.json", result)
+    write_json(out / "results.json", finite(result))
     path = page(result, plan.counts).write(out / "report.html")
     if not quiet:
         rich.print(table("Errors", rows(result, short=True)))
@@ -172,10 +176,11 @@ class _Plan:
         quiet: bool,
     ):
         self.out, self.targets, self.label, self.unit = out, targets, dict(label), dict(unit)
+        self.given = list(levels)
         known = [resolve(own, [], labels=label, units=unit, optional=list(KEYS)) for own in levels.values()]
         self.labels = {name for name in KEYS if all(name in labels for labels in known)}
-        self.pools: dict[str, Path] = {}
-        self.tests: dict[str, Path] = {}
+        self.pools: dict[str, str] = {}  # names of packed sets
+        self.tests: dict[str, str] = {}
         self.sizes: dict[str, list[int]] = {}
         self.ids: dict[str, str] = {}
         tests: list[Sequence[Atoms]] = []
@@ -184,7 +189,7 @@ class _Plan:
             tests.append(test)
             self.pools[name], self.tests[name] = self._packed(f"{name}-pool", pool), self._packed(f"{name}-test", test)
             self.ids[name] = fingerprint(test)
-            self.sizes[name] = sorted(sizes) if sizes else [min(len(pool), 500)]
+            self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
             if self.sizes[name][-1] > len(pool):
                 raise InputError(
                     f"{name} has {len(pool)} structures to train on, not {self.sizes[name][-1]}: ask for fewer"
@@ -193,7 +198,7 @@ class _Plan:
         divided = {name: without(own, held_out, quiet=quiet) for name, own in levels.items()}
         self.leaks = summary([leak for _, found in divided.values() for leak in found], sum(map(len, levels.values())))
         near = []
-        self.levels: dict[str, Path] = {}
+        self.levels: dict[str, str] = {}
         for name, (kept, _) in divided.items():
             if not len(kept):
                 raise InputError(
@@ -205,6 +210,10 @@ class _Plan:
         self.relaxed = self._packed("relaxed", relaxed)
         self.counts = {"structures": sum(len(kept) for kept, _ in divided.values()), "relaxed": len(relaxed)}
         if not quiet:
+            for text in Denoise().warnings(
+                [relaxed[i] for i in np.unique(np.linspace(0, len(relaxed) - 1, 500).astype(int))]
+            ):
+                console.print(f"[yellow]Noise: {text}[/yellow]")
             counts = self.counts
             console.print(
                 f"Pre-training on {counts['structures']} structures, {counts['relaxed']} for noise; {self.leaks}"
@@ -214,6 +223,8 @@ class _Plan:
         """Arms and their objectives of pre-training, None where there is no such stage."""
         controls = {SCRATCH: None, LONG: None}
         if isinstance(arms, Mapping):
+            if taken := controls.keys() & arms.keys():
+                raise InputError(f"'{min(taken)}' is the name of a control: choose another one for your arm")
             return {**controls, **arms}
         known: dict[str, Objective | None] = {**controls, **ARMS}
         for arm in arms or []:
@@ -285,20 +296,46 @@ class _Plan:
         return Cell(key, tuned, arguments, needs)
 
     def _divided(self, name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
-        everything = read(target.structures)
+        """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides."""
+        if isinstance(target.objective, Together):
+            raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
+        if isinstance(target.objective, Potential) and len(self.given) > 1:
+            raise InputError(
+                f"the target {name} has energies, and {', '.join(self.given)} each have their own: choose one level"
+            )
+        everything = _labelled(name, read(target.structures), target)
         if target.test is not None:
-            return everything, read(target.test)
-        wanted = [quantity for quantity, needed in target.objective.labels().items() if needed]
-        labels = resolve(everything, wanted, labels=target.label, units=target.unit)
-        has = np.array([all(labels[q].value(atoms) is not None for q in wanted) for atoms in everything])
-        labelled = Subset(everything, np.flatnonzero(has))
-        parts = split(labelled, 0.2, seed=0)
-        return Subset(labelled, parts.train), Subset(labelled, parts.valid)
+            pool, test = everything, _labelled(f"{name} (test)", read(target.test), target)
+        else:
+            parts = split(everything, 0.2, seed=0)
+            pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
+        pool, found = without(pool, test, quiet=True)
+        if found:
+            console.print(f"{name}: {summary(found, len(pool) + len(found))} into its test set; they are left out")
+        if len(pool) < 5 or not len(test):
+            raise InputError(
+                f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few"
+            )
+        return pool, test
 
-    def _packed(self, name: str, structures: Sequence[Atoms]) -> Path:
-        folder = self.out / "data" / f"{name}-{fingerprint(structures)}"
-        pack(structures, folder, progress=False)
-        return folder.resolve()
+    def _packed(self, name: str, structures: Sequence[Atoms]) -> str:
+        """Pack them into the folder of the study; their name there is part of what makes a cell another one."""
+        name = f"{name}-{fingerprint(structures)}"
+        pack(structures, self.out / "data" / name, progress=False)
+        return name
+
+
+def _data(cell: Path, names: Any) -> Any:
+    """Paths of packed sets, from the folder of a cell of the same study."""
+    if isinstance(names, str):
+        return str(cell.parents[1] / "data" / names)
+    if isinstance(names, Mapping):
+        return {level: _data(cell, name) for level, name in names.items()}
+    return [_data(cell, name) for name in names]
+
+
+def _or_infinite(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def pretrained(
@@ -315,9 +352,10 @@ def pretrained(
     unit: Mapping[str, str],
 ) -> dict[str, Any]:
     """Pre-train one arm; returns what it took."""
+    torch.set_num_threads(1)  # or threads that wait would count as work
     model = pretrain(
-        data, objective, architecture, processor_time=time, seed=seed, edges=edges, label=_of(objective, label),
-        unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
+        _data(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
+        label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
     )  # fmt: skip
     return _cost(model)
 
@@ -341,38 +379,67 @@ def tuned(
     unit: Mapping[str, str],
     base: Done | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune one arm on some labels of a target, and test it."""
-    everything = read(pool)
+    """Fine-tune one arm on some labels of a target, and test it; a run that diverges has no validation loss."""
+    torch.set_num_threads(1)
+    everything = read(_data(folder, pool))
     members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
     options: dict[str, Any] = {
         "processor_time": time, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
         "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu",
     }  # fmt: skip
-    if base is None:
-        model = pretrain(Subset(everything, members), objective, architecture, **options)
-    else:
-        model = finetune(base.folder / "run/model.safetensors", Subset(everything, members), objective, **options)
-    quantity, wanted, errors = _errors(model, read(test), label, unit)
+    chosen = Subset(everything, members)
+    try:
+        if base is None:
+            model = pretrain(chosen, objective, architecture, **options)
+        else:
+            model = finetune(base.folder / "run/model.safetensors", chosen, objective, **options)
+    except InputError as error:
+        if "not finite" not in str(error):
+            raise
+        return {"arm": arm, "lr": lr, "validation loss": None}  # never chosen
+    tests = read(_data(folder, test))
+    quantity, wanted, errors = _errors(model, tests, label, unit)
     cost = _cost(model)
     return {
         "target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr,
         "quantity": quantity, "mae": float(np.mean(errors)), "unit": wanted, "steps": cost["steps"],
         "train_seconds": cost["seconds"], "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
         "test_ids_sha": ids, "n_test": len(errors), "validation loss": cost["validation loss"], "errors": errors,
+        "materials": materials(tests).tolist(),
     }  # fmt: skip
 
 
+def _labelled(name: str, structures: Sequence[Atoms], target: Target) -> Subset:
+    """Those that have what is judged: the property, or the forces, or else the energy."""
+    wanted = target.objective.labels()
+    optional = [quantity for quantity, needed in wanted.items() if not needed]
+    labels = resolve(structures, list(wanted), labels=target.label, units=target.unit, optional=optional)
+    judged = next((quantity for quantity in ("forces", *wanted) if quantity in labels), None)
+    if judged is None:
+        raise InputError(f"no structure of {name} has any of {', '.join(wanted)}")
+    has = [labels[judged].value(atoms) is not None for atoms in structures]
+    if not all(has):
+        console.print(f"{name}: {has.count(False)} of {len(has)} structures have no {judged} and are left out")
+    return Subset(structures, np.flatnonzero(has))
+
+
 def nearest_equilibrium(structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]) -> np.ndarray:
-    """Of each material the structure with the smallest RMS force; the first one where forces are not known."""
-    labels = resolve(structures, [], labels=_named("forces", label), units=_named("forces", unit), optional=["forces"])
+    """Of each material the structure with the smallest RMS force, to 0.01 eV/Å, and then the smallest stress.
+
+    Forces may vanish by symmetry where the volume is wrong. The first one where neither is known.
+    """
+    names = ["forces", "stress"]
+    named = [{k: v for k, v in one.items() if k in names} for one in (label, unit)]
+    labels = resolve(structures, [], labels=named[0], units=named[1], optional=names)
     group = materials(structures)
-    size = np.full(len(structures), np.inf)
-    if "forces" in labels:
-        for i, atoms in enumerate(structures):
-            forces = labels["forces"].value(atoms)
-            if forces is not None:
-                size[i] = float(np.sqrt(np.square(forces).mean()))
-    order = np.lexsort((np.arange(len(size)), size, group))
+    sizes = np.full((2, len(structures)), np.inf)
+    for row, name in enumerate(names):
+        if name in labels:
+            for i, atoms in enumerate(structures):
+                value = labels[name].value(atoms)
+                if value is not None:
+                    sizes[row, i] = float(np.sqrt(np.square(value).mean()))
+    order = np.lexsort((np.arange(len(group)), sizes[1], np.round(sizes[0], 2), group))
     first = np.r_[True, group[order][1:] != group[order][:-1]]
     return np.sort(order[first])
 
@@ -409,7 +476,3 @@ def _of(objective: Objective, named: Mapping[str, str]) -> dict[str, str]:
     if isinstance(objective, Together):
         return {f"{n}.{k}": text for n, part in objective.parts.items() for k, text in _of(part, named).items()}
     return {name: text for name, text in named.items() if name in objective.labels()}
-
-
-def _named(quantity: str, named: Mapping[str, str]) -> dict[str, str]:
-    return {name: text for name, text in named.items() if name == quantity}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,15 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
     page.table(
         questions(result),
         "Ratio of errors over all targets, with its 95 % interval over seeds",
-        "Below one the arm has the lower errors. The interval is that of other seeds on these targets.",
+        [
+            "Below one the arm has the lower errors. An answer is yes or no where neither other seeds nor other test "
+            "materials, each at 95 %, explain the difference; the interval shown is that of the seeds.",
+            "Questions are not corrected for their number: of twenty, one may be answered by chance.",
+        ],
     )
-    caption = "Errors relative to scratch with the same fine-tuning: ratio and 95 % interval over seeds."
-    page.figure(forest(_panels(result)), caption)
+    if panels := _panels(result):
+        caption = "Errors relative to scratch with the same fine-tuning: ratio and 95 % interval over seeds."
+        page.figure(forest(panels), caption)
     page.table(rows(result), "Every arm on every target; clear: neither other seeds nor other materials explain it")
     page.heading("How it was done")
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
@@ -37,6 +43,15 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
     )
     page.table(result["rates"], "Learning rates that were chosen")
     return page.numbers(result)
+
+
+def finite(content: Any) -> Any:
+    """The same with None for bounds that are infinite, which JSON does not know."""
+    if isinstance(content, Mapping):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def questions(result: Result) -> list[dict[str, str]]:

@@ -188,7 +188,8 @@ def run(
             names = ", ".join(cell.title for cell in running.values())
             raise InputError(
                 f"a process died (out of memory, or killed) while these cells were worked on: {names}; the same "
-                "command goes on, with fewer workers if memory is short"
+                "command goes on, with fewer workers if memory is short; a script that starts a study must do so under "
+                '`if __name__ == "__main__":`'
             ) from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{len(done)} of {len(every)} cells are done; the same command goes on") from None

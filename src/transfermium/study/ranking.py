@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Interval, compare, paired, student
+from .intervals import Interval, bootstrap, compare, paired, student
 
 SCRATCH, LONG = "scratch", "scratch_long"
 QUESTIONS = {  # arm and what it is compared with
@@ -43,7 +43,7 @@ def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "mae interval": [mean.low, mean.high],
             }
             if arm != SCRATCH:
-                found = compare(_errors(here, arm), _errors(here, SCRATCH))
+                found = compare(_errors(here, arm), _errors(here, SCRATCH), groups=_materials(here))
                 row |= {
                     "ratio": found.seeds.value,
                     "seeds interval": list(found.seeds[1:]),
@@ -57,8 +57,8 @@ def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The questions that the arms allow, each answered by the ratio of errors over all targets and sizes.
 
-    Ratios are averaged over targets, as logarithms, before seeds are compared: the interval is that of other seeds on
-    these targets, not that of other targets.
+    Ratios are averaged over targets, as logarithms. An answer is clear where neither other seeds nor other test
+    materials explain it, on these targets; what other targets would say is not asked.
     """
     rows = []
     for backbone in dict.fromkeys(run["backbone"] for run in runs):
@@ -66,6 +66,8 @@ def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
         targets = {target: [run for run in here if run["target"] == target] for target in _values(here, "target")}
         for question, (arm, other) in _questions(_values(here, "arm")).items():
             ratio = _ratio(here, arm, other)
+            others = _other_materials(here, arm, other)
+            sure = ratio.excludes(1.0) and others.excludes(1.0)
             rows.append(
                 {
                     "question": question,
@@ -75,7 +77,8 @@ def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "ratio": ratio.value,
                     "low": ratio.low,
                     "high": ratio.high,
-                    "answer": "yes" if ratio.high < 1 else "no" if ratio.low > 1 else "not clear",
+                    "materials interval": list(others[1:]),
+                    "answer": ("yes" if ratio.value < 1 else "no") if sure else "not clear",
                     "targets": {target: _ratio(own, arm, other).value for target, own in targets.items()},
                 }
             )
@@ -96,6 +99,8 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> str:
         if not pretrained:
             continue
         best = min(pretrained, key=lambda arm: pretrained[arm]["ratio"])
+        if len(pretrained) > 1:
+            sentences.append(f"The best of {len(pretrained)} was chosen by these same errors, which flatters it:")
         sentences.append(_said(best, "the same fine-tuning from scratch", pretrained[best]))
         if (best, LONG) in here:
             sentences.append(_said(best, "training from scratch for as long as both stages took", here[best, LONG]))
@@ -122,18 +127,45 @@ def _ratio(runs: Sequence[Run], arm: str, other: str) -> Interval:
     return paired(_per_seed(runs, arm), _per_seed(runs, other), ratio=True)
 
 
+def _other_materials(runs: Sequence[Run], arm: str, other: str) -> Interval:
+    """The ratio over all targets, had other materials been tested: those of each target are drawn by themselves."""
+    logs, variance = [], 0.0
+    cases = list(dict.fromkeys(_case(run) for run in runs))
+    for case in cases:
+        here = [run for run in runs if _case(run) == case]
+        found = bootstrap(_errors(here, arm), _errors(here, other), groups=_materials(here), ratio=True)
+        logs.append(math.log(found.value))
+        width = math.log(found.high / found.low) if found.low > 0 and math.isfinite(found.high) else math.inf
+        variance += (width / 2 / 1.96) ** 2
+    mean, half = float(np.mean(logs)), 1.96 * math.sqrt(variance) / len(cases)
+    return Interval(math.exp(mean), math.exp(mean - half), math.exp(min(mean + half, 700.0)))
+
+
 def _per_seed(runs: Sequence[Run], arm: str) -> list[float]:
     """Geometric mean of the errors over targets and sizes, for each seed."""
     own = [run for run in runs if run["arm"] == arm]
     seeds = sorted({run["seed"] for run in own})
-    logs = [[math.log(max(run["mae"], 1e-300)) for run in own if run["seed"] == seed] for seed in seeds]
+    logs = [[math.log(_mean(run)) for run in own if run["seed"] == seed] for seed in seeds]
     return [math.exp(float(np.mean(values))) for values in logs]
+
+
+def _mean(run: Run) -> float:
+    return float(run["mae"]) or 0.5 / len(run["errors"])
 
 
 def _errors(runs: Sequence[Run], arm: str) -> np.ndarray:
     """Of each seed on each test structure: (n_seeds, n_test)."""
     own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: int(run["seed"]))
-    return np.array([run["errors"] for run in own])
+    errors = np.array([run["errors"] for run in own], float)
+    return errors + np.where(
+        errors.any(axis=1, keepdims=True), 0.0, 0.5 / errors.shape[1]
+    )  # none wrong: half a mistake
+
+
+def _materials(runs: Sequence[Run]) -> list[int] | None:
+    """The material of each test structure."""
+    found: list[int] | None = runs[0].get("materials")
+    return found
 
 
 def _case(run: Run) -> tuple[str, str, int]:
