@@ -49,9 +49,7 @@ def targets(data: Path) -> dict[str, Target]:
 
 
 def main() -> None:
-    args = arguments(
-        __doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, labels=500, pretraining="150s", tuning="30s"
-    )
+    args = arguments(__doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, pretraining="150s", tuning="30s")
     cheap = {
         "pbe": tm.read(*(args.data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in FILES)),
         "pbesol": tm.read(args.data / "mad_pbesol_1000/all.extxyz.xz"),
@@ -65,7 +63,6 @@ def main() -> None:
         backbones={args.backbone: backbones[args.backbone]},
         pretraining=args.pretraining,
         tuning=args.tuning,
-        sizes=[args.labels],
         seeds=args.seeds,
         edges=4_000,
         workers=args.workers,

@@ -308,6 +308,7 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
 
 def _evaluate_parser() -> Parser:
     parser = _model_parser()
+    parser.add_argument("--split-key", type=str, default=None, help="only the test set: KEY, or KEY=VALUE, of training")
     _label_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser

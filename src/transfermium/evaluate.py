@@ -21,6 +21,8 @@ from .console import console, track
 from .data.labels import KEYS, Labelled, available, resolve
 from .data.load import VALIDATION, count_edges, plan, rng_of
 from .data.read import Source, read
+from .data.sequences import Subset
+from .data.split import by_key
 from .errors import InputError
 from .graph import to_batch, to_graph
 from .model import Model, load, rebuilt, write_whole
@@ -37,6 +39,7 @@ def evaluate(
     structures: Source,
     *,
     part: str | None = None,
+    split_key: str | None = None,
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
     edges: int = 10_000,
@@ -50,6 +53,7 @@ def evaluate(
 
     Args:
         part: which part of a model that learned several objectives, each with its own energy.
+        split_key: only the test structures that this key names, as in training: "split", or "test_fold=0".
 
     Returns:
         `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom
@@ -62,6 +66,14 @@ def evaluate(
     distributed.join()
     model = (model if isinstance(model, Model) else load(model)).whole(part)
     given = read(structures)
+    if split_key is not None:
+        name, _, value = split_key.partition("=")
+        test = by_key(given, name, value or None, fraction=0).test
+        if test is None or not len(test):
+            raise InputError(f"'{split_key}' names no test structures")
+        given = Subset(given, test)
+        if verbose:
+            console.print(f"{len(given)} test structures, as {split_key} says")
     objective = objective_of(model).comparable()
     if isinstance(objective, Together):
         return _of_parts(model, objective, given, label, unit, edges, device, seed, verbose)
@@ -71,7 +83,8 @@ def evaluate(
     labels = resolve(given, list(wanted), labels=label, units=unit, optional=either)
     if wanted and not labels.entries:
         raise InputError(
-            f"no structure has any of the labels {', '.join(wanted)}: name their keys with --label NAME=KEY"
+            f"no structure has any of the labels {', '.join(wanted)}; there are "
+            f"{', '.join(available(given)) or 'none'}; name their keys with --label NAME=KEY"
         )
     labelled = Labelled(given, labels)
     if verbose and labels.entries:
@@ -409,7 +422,7 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
 
 def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) -> None:
     """One line per structure: index, any id, formula and what there is per structure."""
-    ids = [key for key in ("id", "mbid", "material_id", "name") if any(key in a.info for a in results)]
+    ids = [key for key in ("id", "mbid", "material_id", "name", "file") if any(key in a.info for a in results)]
     names = [stored_as(model, name) for name in model.outputs if not model.per_atom(name)]
     stress = ["stress_xx", "stress_yy", "stress_zz", "stress_yz", "stress_xz", "stress_xy"]
     columns = [c for name in names for c in (stress if name == "stress" else [name])]

@@ -217,10 +217,12 @@ class Model(nn.Module):
 
 
 def load(path: str | Path) -> Model:
-    """Read a model; nothing in the file is executed.
+    """Read a model from its file, or from the folder of its run; nothing in the file is executed.
 
     Raises `InputError` for files that are not models, or whose classes are not imported here.
     """
+    if Path(path).is_dir():  # a run folder
+        path = Path(path) / "model.safetensors"
     tensors, metadata = read_tensors(path)
     try:
         card = json.loads(metadata["transfermium"])

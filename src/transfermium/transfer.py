@@ -21,7 +21,7 @@ from . import __version__, distributed
 from .backbones import Backbone, TensorNet
 from .console import bar, console, table
 from .data.columns import codes, count_elements, elements, has, isolated_atoms, listed
-from .data.labels import Labelled, Labels, resolve
+from .data.labels import Labelled, Labels, available, resolve
 from .data.leakage import Leak, leaks, summary
 from .data.load import CALIBRATION, count_edges, plan, rng_of
 from .data.read import Source, read
@@ -340,7 +340,10 @@ class _Data:
         if verbose and held_out is not None:
             console.print(f"Held out: {summary(found, len(everything))}{'; they are left out' if found else ''}")
         if valid is not None:
-            others, others_labelled, _ = _labelled(valid, objective, label, unit)
+            try:
+                others, others_labelled, _ = _labelled(valid, objective, label, unit)
+            except InputError as error:
+                raise InputError(f"validation structures: {error}") from None
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
             if held_out is not None:
                 kept = np.setdiff1d(kept, [leak.index for leak in leaks(others, read(held_out), quiet=True)])
@@ -443,13 +446,16 @@ def _labelled(
         raise InputError(f"structures have the names {', '.join(structures)}: only Together has parts to give them to")
     for name in [*structures, *(key.partition(".")[0] for key in {**(label or {}), **(unit or {})})]:
         if name not in objective.parts:
-            raise InputError(f"'{name}' is not a part of this objective, which has {', '.join(objective.parts)}")
+            raise InputError(
+                f"'{name}' is not a part of this objective, which has {', '.join(objective.parts)}; labels and "
+                f"units of a part are named {next(iter(objective.parts))}.LABEL=..."
+            )
     parts, labelled, entries = [], [], []
     for name, source in structures.items():
         own = _some(read(source))
         labels = distributed.from_first(
             lambda own=own, name=name: _resolved(  # type: ignore[misc]
-                own, objective.parts[name].labels(), _of(name, label), _of(name, unit)
+                own, objective.parts[name].labels(), _of(name, label), _of(name, unit), name
             )
         )
         parts.append(own)
@@ -474,13 +480,27 @@ def _resolved(
     wanted: Mapping[str, bool],
     label: Mapping[str, str] | None,
     unit: Mapping[str, str] | None,
+    part: str | None = None,
 ) -> Labels:
     named = {**(label or {}), **(unit or {})}
     for name in named:
         if name not in wanted:
             raise InputError(f"'{name}' is not a label of this objective, which has {', '.join(wanted) or 'none'}")
     optional = [name for name, needed in wanted.items() if not needed and name not in named]
-    return resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
+    try:
+        labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
+    except InputError as error:
+        if part is None:
+            raise
+        raise InputError(f"part {part}: {error}".replace("--label ", f"--label {part}.")) from None
+    if wanted and not labels.entries:
+        keys = ", ".join(available(structures)) or "no labels at all"
+        of, prefix = ("", "") if part is None else (f"part {part}: ", f"{part}.")
+        raise InputError(
+            f"{of}no structure has any of {', '.join(wanted)}; there are {keys}; name keys with "
+            f"--label {prefix}{next(iter(wanted))}=KEY"
+        )
+    return labels
 
 
 def _ready(labelled: Labelled) -> Sequence[ase.Atoms]:

@@ -157,7 +157,14 @@ def _folder_parts(folder: Path, csv: Path | None) -> Iterator[Part]:
         "%s: reading %s; leaving out %s", folder, ", ".join(file.name for file in readable), ", ".join(left) or "none"
     )
     for file in readable:
-        yield Part(file.name, stream_file(file))
+        yield Part(file.name, _named(file))
+
+
+def _named(file: Path) -> Iterator[Atoms]:
+    """The structures of one file among others, which say where they came from."""
+    for atoms in stream_file(file):
+        atoms.info.setdefault("file", file.name)
+        yield atoms
 
 
 def _outputs(folder: Path, files: list[Path], has_table: bool) -> list[calculations.Calculation]:

@@ -118,6 +118,11 @@ def bakeoff(
     objectives = plan.objectives(arms)
     settings = {"pretraining": pretraining, "tuning": tuning, "edges": edges}
 
+    if not quiet:
+        console.print(
+            _price(objectives, len(backbones), seeds, sum(map(len, plan.sizes.values())), len(rates), settings)
+        )
+
     def cells(wanted: Iterable[tuple[str, str, str, int, int, float]]) -> list[Cell]:
         return [plan.cell(objectives, backbones, settings, *each) for each in wanted]
 
@@ -323,6 +328,23 @@ class _Plan:
         name = f"{name}-{fingerprint(structures)}"
         pack(structures, self.out / "data" / name, progress=False)
         return name
+
+
+def _price(
+    objectives: Mapping[str, Objective | None],
+    backbones: int,
+    seeds: int,
+    cases: int,
+    rates: int,
+    settings: Mapping[str, Any],
+) -> str:
+    """How many cells there are, and how long they take."""
+    first, second = parse_time(settings["pretraining"]), parse_time(settings["tuning"])
+    bases = backbones * seeds * sum(objective is not None for objective in objectives.values())
+    tunings = backbones * (seeds * cases + rates - 1)  # of each arm: the search has one of the grid's
+    seconds = bases * first + tunings * (len(objectives) * second + (LONG in objectives) * first)
+    cells = f"{bases} pre-trainings and {tunings * len(objectives)} fine-tunings"
+    return f"{cells}: {seconds / 3600:.2g} hours of processor time"
 
 
 def _data(cell: Path, names: Any) -> Any:
