@@ -255,6 +255,16 @@ class TestEnd:
         progress = list(train(new_model(), OBJECTIVE, alloys(4), config, valid=alloys(2, seed=1)))
         assert [p.step for p in progress if p.valid is not None] == [3, 5]
 
+    def test_a_large_validation_set_is_looked_at_less_often(self):
+        def validated(n_valid: int) -> list[int]:
+            config = quick(steps=40, edges=1)  # batches of one structure
+            progress = train(new_model(), OBJECTIVE, alloys(4), config, valid=alloys(n_valid, seed=1))
+            return [p.step for p in progress if p.valid is not None]
+
+        assert validated(1) == list(range(4, 41, 4))  # four batches trained on for each that is validated
+        assert validated(3) == [10, 20, 30, 40]
+        assert validated(8) == [10, 20, 30, 40]  # four times at least
+
 
 class TestSteps:
     def test_the_learning_rate_warms_up_and_decays(self):

@@ -35,6 +35,7 @@ from .optim import AdamW
 
 T = TypeVar("T")
 
+VALIDATED = 0.3  # batches validated for each one trained on, at most: without a step they cost about a third
 ROOM = "edges at once of process "
 
 
@@ -55,7 +56,8 @@ class TrainConfig:
         edges: most edges in a batch, which is what a process works on at once.
         accumulate: batches that each process works on, one after the other, before one optimiser step; the step is that
             of all of them together, and of those of all processes.
-        validate_every: steps between validations; None makes twenty of them.
+        validate_every: steps between validations; None makes twenty of them, or fewer (but four) where they would take
+            more than about a tenth of the time.
         patience: validations without improvement before the run stops; None never stops early.
         seed: of weights, split, order and noise.
         workers: processes that prepare batches.
@@ -453,10 +455,13 @@ class _Run:
 
     @property
     def validate_every(self) -> int:
-        """Steps between validations."""
+        """Steps between validations; by default so many that validating is a small part of the work."""
         if self.config.validate_every is not None:
             return self.config.validate_every
-        return max(int(self.config.n_steps) // 20, 1) if math.isfinite(self.config.n_steps) else 50
+        cheap = math.ceil(len(self.valid_members) / (VALIDATED * self.config.accumulate * distributed.size()))
+        if not math.isfinite(self.config.n_steps):
+            return max(50, cheap)
+        return max(int(self.config.n_steps) // 20, min(cheap, int(self.config.n_steps) // 4), 1)
 
     def _validate(self) -> float | None:
         """Loss of the averaged weights on the validation set; they are kept when it is the lowest so far."""
