@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -228,12 +229,17 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _spelled(argv: Sequence[str]) -> list[str]:
-    """The same arguments; an option may be spelled with - or _ between its words."""
+    """The same arguments; an option may be spelled with - or _ between its words, and the base of a model as one."""
     known = {option.replace("_", "-"): option for option in _options(next(iter(argv), ""))}
     words = []
     for word in argv:
         option, equals, value = word.partition("=")
         words.append(known.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word)
+    if words[:1] == ["finetune"]:
+        words = list(chain(*([*word.split("=", 1)] if word.startswith("--base=") else [word] for word in words)))
+        if "--base" in words[:-1]:
+            at = words.index("--base")
+            words = [words[0], words[at + 1], *words[1:at], *words[at + 2 :]]
     return words
 
 
@@ -277,7 +283,7 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
     parser = Parser()
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     if base:
-        parser.add_argument("base", type=str, help="model file to start from")
+        parser.add_argument("base", type=str, help="model to start from: a file, a run folder or small; or as --base")
     parser.add_argument(
         "data", nargs="+", type=str, help="structures: files, folders, packed sets; for Together also PART=FILE"
     )
@@ -323,7 +329,7 @@ def _predict_parser() -> Parser:
 def _model_parser() -> Parser:
     parser = Parser()
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("model", type=str, help="model file")
+    parser.add_argument("model", type=str, help="model: a file, a run folder, or small, which ships with the package")
     parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
     _part_argument(parser)
     parser.add_argument("--edges", type=int, default=10_000, help="most edges in a batch")
@@ -333,7 +339,7 @@ def _model_parser() -> Parser:
 
 def _info_parser() -> Parser:
     parser = Parser()
-    parser.add_argument("model", type=str, help="model file")
+    parser.add_argument("model", type=str, help="model: a file, a run folder, or small, which ships with the package")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 

@@ -8,7 +8,8 @@ import pytest
 
 import transfermium as tm
 from tests.alloys import alloys
-from transfermium.study.bakeoff import ARMS, Target, bakeoff, nearest_equilibrium
+from transfermium.study.bakeoff import ARMS, Arm, Target, bakeoff
+from transfermium.study.plan import nearest_equilibrium
 from transfermium.study.ranking import answers, comparisons, verdict
 
 
@@ -76,6 +77,21 @@ class TestBakeoff:
         new = {cell.name.rsplit("-", 1)[0] for cell in set(out.glob("cells/*")) - before}
         assert all("denoise_derivative" in name for name in new)
         assert [run for run in more["runs"] if run["arm"] != "denoise_derivative"] == result["runs"]
+
+    def test_an_arm_may_have_structures_of_its_own_but_none_of_a_test_set(self, tmp_path):
+        test, own = gaps(5, 4), [*gaps(8, 5), *gaps(5, 4)]
+        clean = len(own) - len(tm.leaks(own, test, quiet=True))
+        assert 0 < clean <= 8
+        with ThreadPoolExecutor(1) as pool:
+            result = bakeoff(
+                alloys(12, seed=7), {"gap": Target(gaps(20, 3), tm.Property("gap"), test)}, tmp_path,
+                arms={"other": Arm(tm.Denoise(), own)}, backbones={"PaiNN": tm.PaiNN(8, 1, 4.0, 6)},
+                pretraining="0.2s", tuning="0.2s", seeds=1, rates=[2e-3], edges=400, quiet=True, executor=pool,
+            )  # fmt: skip
+        assert {run["arm"] for run in result["runs"]} == {"scratch", "scratch_long", "other"}
+        (base,) = tmp_path.glob("cells/pretrained-*/run")
+        stage = tm.load(base).card["history"][0]
+        assert stage["structures"] + stage["validation structures"] == clean
 
     def test_there_is_a_page_that_says_it(self, study):
         out, result = study

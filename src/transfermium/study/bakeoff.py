@@ -6,54 +6,29 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import rich
-import torch
-from ase import Atoms
 
 from ..backbones import Backbone, TensorNet
 from ..console import console, table
-from ..data import Labelled, nested, pack, read, resolve, split
-from ..data.labels import KEYS
-from ..data.leakage import summary, without
+from ..data import read
 from ..data.read import Source
-from ..data.sequences import Joined, Subset
-from ..data.split import materials
 from ..errors import InputError
-from ..evaluate import compared, objective_of
-from ..model import Model, described
-from ..objectives import Denoise, Objective, Potential, Together
-from ..run import fingerprint, write_json
+from ..model import described
+from ..objectives import Objective
+from ..run import write_json
 from ..train import parse_time
-from ..transfer import finetune, pretrain
 from .bakeoff_page import finite, page, questions, rows
-from .cells import Cell, Done, run
-from .ranking import LONG, SCRATCH, answers, comparisons, verdict
+from .cells import Cell, run
+from .plan import ARMS, Arm, Plan, Target
+from .ranking import LONG, answers, comparisons, verdict
+from .stages import VALID
 
-ARMS: dict[str, Objective] = {
-    "denoise_direct": Denoise(conservative=False),
-    "denoise_derivative": Denoise(),
-    "dens_derivative": Denoise(told_forces=True),
-    "e_derivative": Potential(forces=0.0, stress=0.0),
-    "f_derivative": Potential(energy=0.0, stress=0.0),
-    "fs_derivative": Potential(energy=0.0),
-    "efs_direct": Potential(conservative=False),
-    "efs_derivative": Potential(),
-}
+__all__ = ["ARMS", "Arm", "Target", "bakeoff"]
+
 RATES = (2e-3, 5e-4)
-VALID = 0.2  # of the labels of each fine-tuning, which choose the checkpoint and, once, the learning rate
-
-
-class Target(NamedTuple):
-    """What is fine-tuned on: labelled structures and an objective with one output that is judged."""
-
-    structures: Source
-    objective: Objective
-    test: Source | None = None  # by default a fifth of the structures, with no material on both sides
-    label: Mapping[str, str] = {}
-    unit: Mapping[str, str] = {}
 
 
 def bakeoff(
@@ -61,7 +36,7 @@ def bakeoff(
     targets: Mapping[str, Target],
     out: str | Path,
     *,
-    arms: Sequence[str] | Mapping[str, Objective] | None = None,
+    arms: Sequence[str] | Mapping[str, Objective | Arm] | None = None,
     backbones: Mapping[str, Backbone] | None = None,
     pretraining: str = "5min",
     tuning: str = "1min",
@@ -87,8 +62,8 @@ def bakeoff(
             several levels of theory, names to structures: potentials learn each with an energy of its own.
         targets: name to what is fine-tuned on.
         out: folder of the study; the same call goes on where it was stopped.
-        arms: names among `ARMS`, "scratch" and "scratch_long", or names to objectives of one's own; by default all that
-            the labels of `structures` allow.
+        arms: names among `ARMS`, "scratch" and "scratch_long", or names to objectives of one's own (with structures of
+            their own: `Arm`); by default all that the labels of `structures` allow.
         backbones: name to architecture.
         pretraining, tuning: processor time of the two stages, such as "5min".
         sizes: numbers of labels, validation included, each set within the next; by default all there are, up to 500.
@@ -114,7 +89,12 @@ def bakeoff(
         if isinstance(structures, Mapping)
         else {"": read(structures)}
     )
-    plan = _Plan(levels, targets, out, label or {}, unit or {}, sizes, quiet)
+    own = (
+        {name: arm.structures for name, arm in arms.items() if isinstance(arm, Arm)}
+        if isinstance(arms, Mapping)
+        else {}
+    )
+    plan = Plan(levels, own, targets, out, label or {}, unit or {}, sizes, quiet)
     objectives = plan.objectives(arms)
     settings = {"pretraining": pretraining, "tuning": tuning, "edges": edges}
 
@@ -167,169 +147,6 @@ def bakeoff(
     return result
 
 
-class _Plan:
-    """The data of a study, packed into its folder, and the cells that work on it."""
-
-    def __init__(
-        self,
-        levels: Mapping[str, Sequence[Atoms]],
-        targets: Mapping[str, Target],
-        out: Path,
-        label: Mapping[str, str],
-        unit: Mapping[str, str],
-        sizes: Sequence[int] | None,
-        quiet: bool,
-    ):
-        self.out, self.targets, self.label, self.unit = out, targets, dict(label), dict(unit)
-        self.given = list(levels)
-        known = [resolve(own, [], labels=label, units=unit, optional=list(KEYS)) for own in levels.values()]
-        self.labels = {name for name in KEYS if all(name in labels for labels in known)}
-        self.pools: dict[str, str] = {}  # names of packed sets
-        self.tests: dict[str, str] = {}
-        self.sizes: dict[str, list[int]] = {}
-        self.ids: dict[str, str] = {}
-        tests: list[Sequence[Atoms]] = []
-        for name, target in targets.items():
-            pool, test = self._divided(name, target)
-            tests.append(test)
-            self.pools[name], self.tests[name] = self._packed(f"{name}-pool", pool), self._packed(f"{name}-test", test)
-            self.ids[name] = fingerprint(test)
-            self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
-            if self.sizes[name][-1] > len(pool):
-                raise InputError(
-                    f"{name} has {len(pool)} structures to train on, not {self.sizes[name][-1]}: ask for fewer"
-                )
-        held_out = [atoms for test in tests for atoms in test]
-        divided = {name: without(own, held_out, quiet=quiet) for name, own in levels.items()}
-        self.leaks = summary([leak for _, found in divided.values() for leak in found], sum(map(len, levels.values())))
-        near = []
-        self.levels: dict[str, str] = {}
-        for name, (kept, _) in divided.items():
-            if not len(kept):
-                raise InputError(
-                    "every structure to pre-train on is also in a test set: there is nothing to learn from"
-                )
-            near.append(Subset(kept, nearest_equilibrium(kept, label, unit)))
-            self.levels[name] = self._packed(f"pretraining{name and '-'}{name}", kept)
-        relaxed = Joined(near) if len(near) > 1 else near[0]
-        self.relaxed = self._packed("relaxed", relaxed)
-        self.counts = {"structures": sum(len(kept) for kept, _ in divided.values()), "relaxed": len(relaxed)}
-        if not quiet:
-            for text in Denoise().warnings(
-                [relaxed[i] for i in np.unique(np.linspace(0, len(relaxed) - 1, 500).astype(int))]
-            ):
-                console.print(f"[yellow]Noise: {text}[/yellow]")
-            counts = self.counts
-            console.print(
-                f"Pre-training on {counts['structures']} structures, {counts['relaxed']} for noise; {self.leaks}"
-            )
-
-    def objectives(self, arms: Sequence[str] | Mapping[str, Objective] | None) -> dict[str, Objective | None]:
-        """Arms and their objectives of pre-training, None where there is no such stage."""
-        controls = {SCRATCH: None, LONG: None}
-        if isinstance(arms, Mapping):
-            if taken := controls.keys() & arms.keys():
-                raise InputError(f"'{min(taken)}' is the name of a control: choose another one for your arm")
-            return {**controls, **arms}
-        known: dict[str, Objective | None] = {**controls, **ARMS}
-        for arm in arms or []:
-            if arm not in known:
-                raise InputError(f"there is no arm '{arm}': choose among {', '.join(known)}")
-        possible = {name: o for name, o in known.items() if o is None or self._possible(name, o)}
-        if missing := [arm for arm in arms or [] if arm not in possible]:
-            raise InputError(
-                f"the arm '{missing[0]}' needs labels that the structures lack: they have {self._listed()}"
-            )
-        return {name: possible[name] for name in possible if arms is None or name in {SCRATCH, *arms}}
-
-    def _possible(self, name: str, objective: Objective) -> bool:
-        letters = {"e": "energy", "f": "forces", "s": "stress"}
-        needed = (
-            {letters[c] for c in name.split("_")[0]} if isinstance(objective, Potential) else set(objective.labels())
-        )
-        return needed <= self.labels
-
-    def _listed(self) -> str:
-        return ", ".join(sorted(self.labels)) or "none"
-
-    def cell(
-        self,
-        objectives: Mapping[str, Objective | None],
-        backbones: Mapping[str, Backbone],
-        settings: Mapping[str, Any],
-        target: str,
-        backbone: str,
-        arm: str,
-        n_train: int,
-        seed: int,
-        rate: float,
-    ) -> Cell:
-        """One fine-tuning, and the pre-training that it needs."""
-        objective = objectives[arm]
-        needs: dict[str, Cell] = {}
-        seconds = parse_time(settings["tuning"])
-        if objective is not None:
-            relaxed = isinstance(objective, Denoise) and not objective.told_forces
-            data: Any = self.relaxed if relaxed else list(self.levels.values())
-            if isinstance(objective, Potential) and len(self.levels) > 1:
-                data, objective = self.levels, Together(dict.fromkeys(self.levels, objective))
-            arguments: dict[str, Any] = {
-                "data": data,
-                "objective": objective,
-                "architecture": backbones[backbone],
-                "time": settings["pretraining"],
-                "edges": settings["edges"],
-                "label": self.label,
-                "unit": self.unit,
-            }
-            needs["base"] = Cell({"backbone": backbone, "arm": arm, "seed": seed}, pretrained, arguments)
-        elif arm == LONG:
-            seconds += parse_time(settings["pretraining"])
-        goal = self.targets[target]
-        key = {"target": target, "backbone": backbone, "arm": arm, "n_train": n_train, "seed": seed, "lr": rate}
-        arguments = {
-            "pool": self.pools[target],
-            "test": self.tests[target],
-            "ids": self.ids[target],
-            "objective": goal.objective,
-            "architecture": backbones[backbone],
-            "time": f"{seconds:g}s",
-            "edges": settings["edges"],
-            "label": dict(goal.label),
-            "unit": dict(goal.unit),
-        }
-        return Cell(key, tuned, arguments, needs)
-
-    def _divided(self, name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
-        """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides."""
-        if isinstance(target.objective, Together):
-            raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
-        if isinstance(target.objective, Potential) and len(self.given) > 1:
-            raise InputError(
-                f"the target {name} has energies, and {', '.join(self.given)} each have their own: choose one level"
-            )
-        everything = _labelled(name, read(target.structures), target)
-        if target.test is not None:
-            pool, test = everything, _labelled(f"{name} (test)", read(target.test), target)
-        else:
-            parts = split(everything, 0.2, seed=0)
-            pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
-        pool, found = without(pool, test, quiet=True)
-        if found:
-            console.print(f"{name}: {summary(found, len(pool) + len(found))} into its test set; they are left out")
-        if len(pool) < 5 or not len(test):
-            raise InputError(
-                f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few"
-            )
-        return pool, test
-
-    def _packed(self, name: str, structures: Sequence[Atoms]) -> str:
-        """Pack them into the folder of the study; their name there is part of what makes a cell another one."""
-        name = f"{name}-{fingerprint(structures)}"
-        pack(structures, self.out / "data" / name, progress=False)
-        return name
-
-
 def _price(
     objectives: Mapping[str, Objective | None],
     backbones: int,
@@ -347,154 +164,5 @@ def _price(
     return f"{cells}: {seconds / 3600:.2g} hours of processor time"
 
 
-def _data(cell: Path, names: Any) -> Any:
-    """Paths of packed sets, from the folder of a cell of the same study."""
-    if isinstance(names, str):
-        return str(cell.parents[1] / "data" / names)
-    if isinstance(names, Mapping):
-        return {level: _data(cell, name) for level, name in names.items()}
-    return [_data(cell, name) for name in names]
-
-
 def _or_infinite(loss: float | None) -> float:
     return math.inf if loss is None else loss
-
-
-def pretrained(
-    folder: Path,
-    backbone: str,
-    arm: str,
-    seed: int,
-    data: Any,
-    objective: Objective,
-    architecture: Backbone,
-    time: str,
-    edges: int,
-    label: Mapping[str, str],
-    unit: Mapping[str, str],
-) -> dict[str, Any]:
-    """Pre-train one arm; returns what it took."""
-    torch.set_num_threads(1)  # or threads that wait would count as work
-    model = pretrain(
-        _data(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
-        label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
-    )  # fmt: skip
-    return _cost(model)
-
-
-def tuned(
-    folder: Path,
-    target: str,
-    backbone: str,
-    arm: str,
-    n_train: int,
-    seed: int,
-    lr: float,
-    pool: str,
-    test: str,
-    ids: str,
-    objective: Objective,
-    architecture: Backbone,
-    time: str,
-    edges: int,
-    label: Mapping[str, str],
-    unit: Mapping[str, str],
-    base: Done | None = None,
-) -> dict[str, Any]:
-    """Fine-tune one arm on some labels of a target, and test it; a run that diverges has no validation loss."""
-    torch.set_num_threads(1)
-    everything = read(_data(folder, pool))
-    members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
-    options: dict[str, Any] = {
-        "processor_time": time, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
-        "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu",
-    }  # fmt: skip
-    chosen = Subset(everything, members)
-    try:
-        if base is None:
-            model = pretrain(chosen, objective, architecture, **options)
-        else:
-            model = finetune(base.folder / "run/model.safetensors", chosen, objective, **options)
-    except InputError as error:
-        if "not finite" not in str(error):
-            raise
-        return {"arm": arm, "lr": lr, "validation loss": None}  # never chosen
-    tests = read(_data(folder, test))
-    quantity, wanted, errors = _errors(model, tests, label, unit)
-    cost = _cost(model)
-    return {
-        "target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr,
-        "quantity": quantity, "mae": float(np.mean(errors)), "unit": wanted, "steps": cost["steps"],
-        "train_seconds": cost["seconds"], "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
-        "test_ids_sha": ids, "n_test": len(errors), "validation loss": cost["validation loss"], "errors": errors,
-        "materials": materials(tests).tolist(),
-    }  # fmt: skip
-
-
-def _labelled(name: str, structures: Sequence[Atoms], target: Target) -> Subset:
-    """Those that have what is judged: the property, or the forces, or else the energy."""
-    wanted = target.objective.labels()
-    optional = [quantity for quantity, needed in wanted.items() if not needed]
-    labels = resolve(structures, list(wanted), labels=target.label, units=target.unit, optional=optional)
-    judged = next((quantity for quantity in ("forces", *wanted) if quantity in labels), None)
-    if judged is None:
-        raise InputError(f"no structure of {name} has any of {', '.join(wanted)}")
-    has = [labels[judged].value(atoms) is not None for atoms in structures]
-    if not all(has):
-        console.print(f"{name}: {has.count(False)} of {len(has)} structures have no {judged} and are left out")
-    return Subset(structures, np.flatnonzero(has))
-
-
-def nearest_equilibrium(structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]) -> np.ndarray:
-    """Of each material the structure with the smallest RMS force, to 0.01 eV/Å, and then the smallest stress.
-
-    Forces may vanish by symmetry where the volume is wrong. The first one where neither is known.
-    """
-    names = ["forces", "stress"]
-    named = [{k: v for k, v in one.items() if k in names} for one in (label, unit)]
-    labels = resolve(structures, [], labels=named[0], units=named[1], optional=names)
-    group = materials(structures)
-    sizes = np.full((2, len(structures)), np.inf)
-    for row, name in enumerate(names):
-        if name in labels:
-            for i, atoms in enumerate(structures):
-                value = labels[name].value(atoms)
-                if value is not None:
-                    sizes[row, i] = float(np.sqrt(np.square(value).mean()))
-    order = np.lexsort((np.arange(len(group)), sizes[1], np.round(sizes[0], 2), group))
-    first = np.r_[True, group[order][1:] != group[order][:-1]]
-    return np.sort(order[first])
-
-
-def _errors(
-    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
-) -> tuple[str, str, list[float]]:
-    """The quantity that is judged, its unit, and the mean absolute error of each structure (of classes: 0 or 1)."""
-    objective = objective_of(model).comparable()
-    wanted = objective.labels()
-    optional = [name for name, needed in wanted.items() if not needed]
-    labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
-    pairs = compared(model, objective, Labelled(structures, labels), 10_000)
-    name = "forces" if "forces" in pairs else next(iter(pairs))
-    rows = pairs[name]
-    if rows[0][1].shape != np.shape(rows[0][0]):
-        return name, "wrong", [float(np.mean(output.argmax(axis=-1) != target)) for target, output in rows]
-    errors = [float(np.nanmean(np.abs(output - target))) for target, output in rows]
-    meaning = model.card["quantities"].get(name.removesuffix("_per_atom"), ["", ""])
-    return name, f"{meaning[1]}/atom" if name == "energy_per_atom" else meaning[1], errors
-
-
-def _cost(model: Model) -> dict[str, Any]:
-    stage = model.card["history"][-1]
-    return {
-        "steps": stage["steps"],
-        "seconds": stage["processor seconds"],
-        "validation loss": stage["best validation loss"],
-    }
-
-
-def _of(objective: Objective, named: Mapping[str, str]) -> dict[str, str]:
-    """What is said of labels, as far as the objective wants them; of several levels, for each."""
-    if isinstance(objective, Together):
-        return {f"{n}.{k}": text for n, part in objective.parts.items() for k, text in _of(part, named).items()}
-    return {name: text for name, text in named.items() if name in objective.labels()}

@@ -1,0 +1,266 @@
+"""The data of a comparison, divided without leaks and packed, and the cells that work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ase import Atoms
+
+from ..backbones import Backbone
+from ..console import console
+from ..data import pack, read, resolve, split
+from ..data.labels import KEYS
+from ..data.leakage import summary, without
+from ..data.read import Source
+from ..data.sequences import Joined, Subset
+from ..data.split import materials
+from ..errors import InputError
+from ..objectives import Denoise, Objective, Potential, Together
+from ..run import fingerprint
+from ..train import parse_time
+from .cells import Cell
+from .ranking import LONG, SCRATCH
+from .stages import pretrained, tuned
+
+ARMS: dict[str, Objective] = {
+    "denoise_direct": Denoise(conservative=False),
+    "denoise_derivative": Denoise(),
+    "dens_derivative": Denoise(told_forces=True),
+    "e_derivative": Potential(forces=0.0, stress=0.0),
+    "f_derivative": Potential(energy=0.0, stress=0.0),
+    "fs_derivative": Potential(energy=0.0),
+    "efs_direct": Potential(conservative=False),
+    "efs_derivative": Potential(),
+}
+
+
+class Target(NamedTuple):
+    """What is fine-tuned on: labelled structures and an objective with one output that is judged."""
+
+    structures: Source
+    objective: Objective
+    test: Source | None = None  # by default a fifth of the structures, with no material on both sides
+    label: Mapping[str, str] = {}
+    unit: Mapping[str, str] = {}
+
+
+class Arm(NamedTuple):
+    """A way of pre-training on structures of its own, such as unlabelled ones of the domain of a target."""
+
+    objective: Objective
+    structures: Source
+
+
+class Plan:
+    """The data of a study, packed into its folder, and the cells that work on it."""
+
+    def __init__(
+        self,
+        levels: Mapping[str, Sequence[Atoms]],
+        own: Mapping[str, Source],
+        targets: Mapping[str, Target],
+        out: Path,
+        label: Mapping[str, str],
+        unit: Mapping[str, str],
+        sizes: Sequence[int] | None,
+        quiet: bool,
+    ):
+        self.out, self.targets, self.label, self.unit = out, targets, dict(label), dict(unit)
+        self.given = list(levels)
+        known = [resolve(level, [], labels=label, units=unit, optional=list(KEYS)) for level in levels.values()]
+        self.labels = {name for name in KEYS if all(name in labels for labels in known)}
+        self.pools: dict[str, str] = {}  # names of packed sets
+        self.tests: dict[str, str] = {}
+        self.sizes: dict[str, list[int]] = {}
+        self.ids: dict[str, str] = {}
+        tests: list[Sequence[Atoms]] = []
+        for name, target in targets.items():
+            pool, test = self._divided(name, target)
+            tests.append(test)
+            self.pools[name], self.tests[name] = self._packed(f"{name}-pool", pool), self._packed(f"{name}-test", test)
+            self.ids[name] = fingerprint(test)
+            self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
+            if self.sizes[name][-1] > len(pool):
+                raise InputError(
+                    f"{name} has {len(pool)} structures to train on, not {self.sizes[name][-1]}: ask for fewer"
+                )
+        held_out = [atoms for test in tests for atoms in test]
+        divided = {name: without(level, held_out, quiet=quiet) for name, level in levels.items()}
+        self.leaks = summary([leak for _, found in divided.values() for leak in found], sum(map(len, levels.values())))
+        near = []
+        self.levels: dict[str, str] = {}
+        for name, (kept, _) in divided.items():
+            if not len(kept):
+                raise InputError(
+                    "every structure to pre-train on is also in a test set: there is nothing to learn from"
+                )
+            near.append(Subset(kept, nearest_equilibrium(kept, label, unit)))
+            self.levels[name] = self._packed(f"pretraining{name and '-'}{name}", kept)
+        relaxed = Joined(near) if len(near) > 1 else near[0]
+        self.relaxed = self._packed("relaxed", relaxed)
+        self.own = {name: self._own(name, source, held_out, quiet) for name, source in own.items()}
+        self.counts = {"structures": sum(len(kept) for kept, _ in divided.values()), "relaxed": len(relaxed)}
+        if not quiet:
+            for text in Denoise().warnings(
+                [relaxed[i] for i in np.unique(np.linspace(0, len(relaxed) - 1, 500).astype(int))]
+            ):
+                console.print(f"[yellow]Noise: {text}[/yellow]")
+            counts = self.counts
+            console.print(
+                f"Pre-training on {counts['structures']} structures, {counts['relaxed']} for noise; {self.leaks}"
+            )
+
+    def _own(self, name: str, source: Source, held_out: Sequence[Atoms], quiet: bool) -> str:
+        """Structures of one arm alone, without what matches a test structure."""
+        everything = read(source)
+        kept, found = without(everything, held_out, quiet=quiet)
+        if not quiet:
+            console.print(f"{name} on {len(kept)} structures of its own; {summary(found, len(everything))}")
+        if not len(kept):
+            raise InputError(f"every structure of the arm {name} is also in a test set: there is nothing to learn from")
+        return self._packed(f"own-{name}", kept)
+
+    def objectives(self, arms: Sequence[str] | Mapping[str, Objective | Arm] | None) -> dict[str, Objective | None]:
+        """Arms and their objectives of pre-training, None where there is no such stage."""
+        controls = {SCRATCH: None, LONG: None}
+        if isinstance(arms, Mapping):
+            if taken := controls.keys() & arms.keys():
+                raise InputError(f"'{min(taken)}' is the name of a control: choose another one for your arm")
+            return {**controls, **{name: arm.objective if isinstance(arm, Arm) else arm for name, arm in arms.items()}}
+        known: dict[str, Objective | None] = {**controls, **ARMS}
+        for arm in arms or []:
+            if arm not in known:
+                raise InputError(f"there is no arm '{arm}': choose among {', '.join(known)}")
+        possible = {name: o for name, o in known.items() if o is None or self._possible(name, o)}
+        if missing := [arm for arm in arms or [] if arm not in possible]:
+            raise InputError(
+                f"the arm '{missing[0]}' needs labels that the structures lack: they have {self._listed()}"
+            )
+        return {name: possible[name] for name in possible if arms is None or name in {SCRATCH, *arms}}
+
+    def _possible(self, name: str, objective: Objective) -> bool:
+        letters = {"e": "energy", "f": "forces", "s": "stress"}
+        needed = (
+            {letters[c] for c in name.split("_")[0]} if isinstance(objective, Potential) else set(objective.labels())
+        )
+        return needed <= self.labels
+
+    def _listed(self) -> str:
+        return ", ".join(sorted(self.labels)) or "none"
+
+    def cell(
+        self,
+        objectives: Mapping[str, Objective | None],
+        backbones: Mapping[str, Backbone],
+        settings: Mapping[str, Any],
+        target: str,
+        backbone: str,
+        arm: str,
+        n_train: int,
+        seed: int,
+        rate: float,
+    ) -> Cell:
+        """One fine-tuning, and the pre-training that it needs."""
+        objective = objectives[arm]
+        needs: dict[str, Cell] = {}
+        seconds = parse_time(settings["tuning"])
+        if objective is not None:
+            relaxed = isinstance(objective, Denoise) and not objective.told_forces
+            data: Any = self.relaxed if relaxed else list(self.levels.values())
+            if arm in self.own:
+                data = self.own[arm]
+            elif isinstance(objective, Potential) and len(self.levels) > 1:
+                data, objective = self.levels, Together(dict.fromkeys(self.levels, objective))
+            arguments: dict[str, Any] = {
+                "data": data,
+                "objective": objective,
+                "architecture": backbones[backbone],
+                "time": settings["pretraining"],
+                "edges": settings["edges"],
+                "label": self.label,
+                "unit": self.unit,
+            }
+            needs["base"] = Cell({"backbone": backbone, "arm": arm, "seed": seed}, pretrained, arguments)
+        elif arm == LONG:
+            seconds += parse_time(settings["pretraining"])
+        goal = self.targets[target]
+        key = {"target": target, "backbone": backbone, "arm": arm, "n_train": n_train, "seed": seed, "lr": rate}
+        arguments = {
+            "pool": self.pools[target],
+            "test": self.tests[target],
+            "ids": self.ids[target],
+            "objective": goal.objective,
+            "architecture": backbones[backbone],
+            "time": f"{seconds:g}s",
+            "edges": settings["edges"],
+            "label": dict(goal.label),
+            "unit": dict(goal.unit),
+        }
+        return Cell(key, tuned, arguments, needs)
+
+    def _divided(self, name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
+        """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides."""
+        if isinstance(target.objective, Together):
+            raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
+        if isinstance(target.objective, Potential) and len(self.given) > 1:
+            raise InputError(
+                f"the target {name} has energies, and {', '.join(self.given)} each have their own: choose one level"
+            )
+        everything = _labelled(name, read(target.structures), target)
+        if target.test is not None:
+            pool, test = everything, _labelled(f"{name} (test)", read(target.test), target)
+        else:
+            parts = split(everything, 0.2, seed=0)
+            pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
+        pool, found = without(pool, test, quiet=True)
+        if found:
+            console.print(f"{name}: {summary(found, len(pool) + len(found))} into its test set; they are left out")
+        if len(pool) < 5 or not len(test):
+            raise InputError(
+                f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few"
+            )
+        return pool, test
+
+    def _packed(self, name: str, structures: Sequence[Atoms]) -> str:
+        """Pack them into the folder of the study; their name there is part of what makes a cell another one."""
+        name = f"{name}-{fingerprint(structures)}"
+        pack(structures, self.out / "data" / name, progress=False)
+        return name
+
+
+def _labelled(name: str, structures: Sequence[Atoms], target: Target) -> Subset:
+    """Those that have what is judged: the property, or the forces, or else the energy."""
+    wanted = target.objective.labels()
+    optional = [quantity for quantity, needed in wanted.items() if not needed]
+    labels = resolve(structures, list(wanted), labels=target.label, units=target.unit, optional=optional)
+    judged = next((quantity for quantity in ("forces", *wanted) if quantity in labels), None)
+    if judged is None:
+        raise InputError(f"no structure of {name} has any of {', '.join(wanted)}")
+    has = [labels[judged].value(atoms) is not None for atoms in structures]
+    if not all(has):
+        console.print(f"{name}: {has.count(False)} of {len(has)} structures have no {judged} and are left out")
+    return Subset(structures, np.flatnonzero(has))
+
+
+def nearest_equilibrium(structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]) -> np.ndarray:
+    """Of each material the structure with the smallest RMS force, to 0.01 eV/Å, and then the smallest stress.
+
+    Forces may vanish by symmetry where the volume is wrong. The first one where neither is known.
+    """
+    names = ["forces", "stress"]
+    named = [{k: v for k, v in one.items() if k in names} for one in (label, unit)]
+    labels = resolve(structures, [], labels=named[0], units=named[1], optional=names)
+    group = materials(structures)
+    sizes = np.full((2, len(structures)), np.inf)
+    for row, name in enumerate(names):
+        if name in labels:
+            for i, atoms in enumerate(structures):
+                value = labels[name].value(atoms)
+                if value is not None:
+                    sizes[row, i] = float(np.sqrt(np.square(value).mean()))
+    order = np.lexsort((np.arange(len(group)), sizes[1], np.round(sizes[0], 2), group))
+    first = np.r_[True, group[order][1:] != group[order][:-1]]
+    return np.sort(order[first])

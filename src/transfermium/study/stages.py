@@ -1,0 +1,138 @@
+"""The two stages of a transfer, each the work of a cell: pre-train, and fine-tune and test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from ..backbones import Backbone
+from ..data import Labelled, nested, read, resolve
+from ..data.sequences import Subset
+from ..data.split import materials
+from ..errors import InputError
+from ..evaluate import compared, objective_of
+from ..model import Model
+from ..objectives import Objective, Together
+from ..transfer import finetune, pretrain
+from .cells import Done
+
+VALID = 0.2  # of the labels of each fine-tuning, which choose the checkpoint and, once, the learning rate
+
+
+def pretrained(
+    folder: Path,
+    backbone: str,
+    arm: str,
+    seed: int,
+    data: Any,
+    objective: Objective,
+    architecture: Backbone,
+    time: str,
+    edges: int,
+    label: Mapping[str, str],
+    unit: Mapping[str, str],
+) -> dict[str, Any]:
+    """Pre-train one arm; returns what it took."""
+    torch.set_num_threads(1)  # or threads that wait would count as work
+    model = pretrain(
+        _data(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
+        label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
+    )  # fmt: skip
+    return _cost(model)
+
+
+def tuned(
+    folder: Path,
+    target: str,
+    backbone: str,
+    arm: str,
+    n_train: int,
+    seed: int,
+    lr: float,
+    pool: str,
+    test: str,
+    ids: str,
+    objective: Objective,
+    architecture: Backbone,
+    time: str,
+    edges: int,
+    label: Mapping[str, str],
+    unit: Mapping[str, str],
+    base: Done | None = None,
+) -> dict[str, Any]:
+    """Fine-tune one arm on some labels of a target, and test it; a run that diverges has no validation loss."""
+    torch.set_num_threads(1)
+    everything = read(_data(folder, pool))
+    members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
+    options: dict[str, Any] = {
+        "processor_time": time, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
+        "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu",
+    }  # fmt: skip
+    chosen = Subset(everything, members)
+    try:
+        if base is None:
+            model = pretrain(chosen, objective, architecture, **options)
+        else:
+            model = finetune(base.folder / "run/model.safetensors", chosen, objective, **options)
+    except InputError as error:
+        if "not finite" not in str(error):
+            raise
+        return {"arm": arm, "lr": lr, "validation loss": None}  # never chosen
+    tests = read(_data(folder, test))
+    quantity, wanted, errors = _errors(model, tests, label, unit)
+    cost = _cost(model)
+    return {
+        "target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr,
+        "quantity": quantity, "mae": float(np.mean(errors)), "unit": wanted, "steps": cost["steps"],
+        "train_seconds": cost["seconds"], "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
+        "test_ids_sha": ids, "n_test": len(errors), "validation loss": cost["validation loss"], "errors": errors,
+        "materials": materials(tests).tolist(),
+    }  # fmt: skip
+
+
+def _errors(
+    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> tuple[str, str, list[float]]:
+    """The quantity that is judged, its unit, and the mean absolute error of each structure (of classes: 0 or 1)."""
+    objective = objective_of(model).comparable()
+    wanted = objective.labels()
+    optional = [name for name, needed in wanted.items() if not needed]
+    labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
+    pairs = compared(model, objective, Labelled(structures, labels), 10_000)
+    name = "forces" if "forces" in pairs else next(iter(pairs))
+    rows = pairs[name]
+    if rows[0][1].shape != np.shape(rows[0][0]):
+        return name, "wrong", [float(np.mean(output.argmax(axis=-1) != target)) for target, output in rows]
+    errors = [float(np.nanmean(np.abs(output - target))) for target, output in rows]
+    meaning = model.card["quantities"].get(name.removesuffix("_per_atom"), ["", ""])
+    return name, f"{meaning[1]}/atom" if name == "energy_per_atom" else meaning[1], errors
+
+
+def _cost(model: Model) -> dict[str, Any]:
+    stage = model.card["history"][-1]
+    return {
+        "steps": stage["steps"],
+        "seconds": stage["processor seconds"],
+        "validation loss": stage["best validation loss"],
+    }
+
+
+def _data(cell: Path, names: Any) -> Any:
+    """Paths of packed sets, from the folder of a cell of the same study."""
+    if isinstance(names, str):
+        return str(cell.parents[1] / "data" / names)
+    if isinstance(names, Mapping):
+        return {level: _data(cell, name) for level, name in names.items()}
+    return [_data(cell, name) for name in names]
+
+
+def _of(objective: Objective, named: Mapping[str, str]) -> dict[str, str]:
+    """What is said of labels, as far as the objective wants them; of several levels, for each."""
+    if isinstance(objective, Together):
+        return {f"{n}.{k}": text for n, part in objective.parts.items() for k, text in _of(part, named).items()}
+    return {name: text for name, text in named.items() if name in objective.labels()}
