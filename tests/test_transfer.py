@@ -14,6 +14,7 @@ from ase.units import Hartree
 import transfermium as tm
 from tests.alloys import QUICK, alloys, gap_model, painn, potential, same_bits, weights_of, without
 from transfermium.data import Split
+from transfermium.report import run_report
 
 ELEMENTS = ("Cu", "Au")
 
@@ -497,6 +498,18 @@ class TestTogether:
         tuned = tm.finetune(model, scan, tm.Potential(), part="scan", align=False, steps=0, **QUICK)
         for one, other in zip(predicted, tm.predict(tuned, scan, verbose=False), strict=True):
             assert one.get_potential_energy() == pytest.approx(other.get_potential_energy())
+
+    def test_the_references_of_each_level_are_fitted_again_and_told_apart(self, tmp_path):
+        base, moved = self.model(), self.levels()
+        for atoms in moved["scan"]:
+            atoms.calc.results["energy"] += 2.0 * len(atoms)
+        objective = tm.Together({"pbe": tm.Potential(), "scan": tm.Potential()})
+        tuned = tm.finetune(base, moved, objective, steps=0, out=tmp_path / "run", **QUICK)
+        report = tuned.card["history"][-1]["alignment"]
+        shifts = [np.mean(list(report[f"reference shift (eV) of {level}_energy"].values())) for level in moved]
+        assert shifts[1] - shifts[0] == pytest.approx(2.0, abs=0.5)
+        page = run_report(tmp_path / "run").read_text()
+        assert all(f"Reference energies of {level}_energy were" in page for level in moved)
 
     def test_a_property_keeps_its_force_field(self):
         base = tm.pretrain(alloys(8), tm.Potential(), painn(), steps=20, **QUICK)

@@ -25,6 +25,7 @@ from .messages import EdgeFormula, Neighborhood, Radii, fixed_weights
 from .nn import Bessel, lengths_and_directions
 
 FORMAT = 1
+SHIPPED = {file.stem: file for file in sorted((Path(__file__).parent / "pretrained").glob("*.safetensors"))}
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,20 @@ class Model(nn.Module):
 
 
 def load(path: str | Path) -> Model:
-    """Read a model from its file, or from the folder of its run; nothing in the file is executed.
+    """Read a model from its file or the folder of its run, or one of `SHIPPED` by its name; nothing in it is executed.
 
     Raises `InputError` for files that are not models, or whose classes are not imported here.
     """
+    if path in SHIPPED:
+        if Path(path).exists():
+            raise InputError(
+                f"{path} is here, and a model of that name ships with the package: write ./{path}, or rename"
+            )
+        path = SHIPPED[str(path)]
     if Path(path).is_dir():  # a run folder
         path = Path(path) / "model.safetensors"
+    if not Path(path).exists() and not Path(path).suffix:
+        raise InputError(f"there is no model {path}: give a file, a run folder, or one of {', '.join(SHIPPED)}")
     tensors, metadata = read_tensors(path)
     try:
         card = json.loads(metadata["transfermium"])

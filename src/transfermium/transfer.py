@@ -109,7 +109,7 @@ def pretrain(
         **data.asked,
         "train": _lasting(settings),
     }
-    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run))
+    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
     if finished is not None:
         return finished
 
@@ -167,7 +167,7 @@ def finetune(
 
     identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
     asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": _lasting(settings)}
-    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run))
+    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
     if finished is not None:
         return finished
 
@@ -211,7 +211,8 @@ def align_references(
         if isinstance(head, EnergyHead | VectorHead) and before and now and before[0] != now.name:
             report.setdefault("scale", {})[name] = _fit_scale(model, head, name, own, seen)
         if isinstance(head, EnergyHead):
-            report |= _shift_elements(model, head, name, own, seen)
+            shifts = _shift_elements(model, head, name, own, seen)
+            report |= {key if name == "energy" else f"{key} of {name}": found for key, found in shifts.items()}
         elif isinstance(head, ScalarHead | AtomHead) and not getattr(head, "classes", 0) and seen:
             predictions = _predictions(model, seen, name)
             targets = np.concatenate([np.asarray(s.targets[own], float) for s in seen])
@@ -683,12 +684,16 @@ def _show_alignment(report: Mapping[str, Any]) -> None:
         console.print(f"Alignment: the scale of '{name}' was fitted to the labels (×{factor:.3g})")
     for name, shift in report.get("shift", {}).items():
         console.print(f"Alignment: '{name}' was shifted by {shift:.4g}")
-    shifts = report.get("reference shift (eV)")
-    if shifts:
+    for of, shifts in reference_shifts(report).items():
         rows = [{"element": symbol, "shift (eV)": f"{value:+.3f}"} for symbol, value in shifts.items()]
-        console.print(
-            table(f"Alignment: reference energies, {report['elements told apart']} elements told apart", rows)
-        )
+        told_apart = f"{report[f'elements told apart{of}']} elements told apart"
+        console.print(table(f"Alignment: reference energies{of}, {told_apart}", rows))
+
+
+def reference_shifts(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Shifts per element of what `align_references` says, by " of " and the head; the only energy goes without."""
+    start = "reference shift (eV)"
+    return {key.removeprefix(start): found for key, found in report.items() if key.startswith(start) and found}
 
 
 def _names(objective: Objective) -> list[str]:
@@ -722,10 +727,15 @@ def _lasting(config: TrainConfig) -> dict[str, Any]:
     return {**asdict(config), "batches per step": distributed.size() * config.accumulate}
 
 
-def _claimed(out: str | Path | None, asked: Mapping[str, Any], dry_run: bool) -> tuple[Path | None, Model | None]:
+def _claimed(
+    out: str | Path | None, asked: Mapping[str, Any], dry_run: bool, verbose: bool
+) -> tuple[Path | None, Model | None]:
     """The folder of a run, and its model when it had finished; a dry run leaves the folder as it is."""
     folder = claim(out, asked, read_only=dry_run)
-    return folder, None if dry_run else _finished(folder)
+    finished = None if dry_run else _finished(folder)
+    if finished is not None and verbose:
+        console.print(f"{folder} is finished already: nothing is left to do", markup=False)
+    return folder, finished
 
 
 def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..evaluate import PRINTED, printable
 from ..model import Model, load
 from ..train import read_metrics
+from ..transfer import reference_shifts
 from .figures import loss_curves, parity
 from .page import Page
 
@@ -198,17 +199,17 @@ def _show_alignment(page: Page, report: Content) -> None:
         page.text(f"The scale of {name} was fitted to the new labels (× {factor:.3g}), before the first step.")
     for name, shift in report.get("shift", {}).items():
         page.text(f"Predictions of {name} were shifted by {shift:+.4g}, before the first step.")
-    shifts = report.get("reference shift (eV)", {})
-    if shifts:
+    every = reference_shifts(report)
+    for of, shifts in every.items():
         low, high = min(shifts, key=shifts.__getitem__), max(shifts, key=shifts.__getitem__)
         between = f"between {shifts[low]:+.3f} ({low}) and {shifts[high]:+.3f} eV ({high})"
         page.text(
-            f"Reference energies were fitted again before the first step and moved by "
-            f"{between if low != high else f'{shifts[low]:+.3f} eV ({low})'} per atom; each shift is in the table of "
-            f"elements. Compositions tell {report['elements told apart']} elements apart: where they do not, only sums "
-            "of shifts have a meaning."
+            f"Reference energies{of} were fitted again before the first step and moved by "
+            f"{between if low != high else f'{shifts[low]:+.3f} eV ({low})'} per atom. Compositions tell "
+            f"{report[f'elements told apart{of}']} elements apart: where they do not, only sums of shifts have a "
+            "meaning."
         )
-    elif kept and not report.get("shift"):
+    if kept and not every and not report.get("shift"):
         page.text("No reference was fitted again.")
 
 
