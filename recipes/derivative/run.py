@@ -1,7 +1,7 @@
 """Do derivatives of a scalar, and labels, pre-train better than direct outputs, and noise? (doi 10.1039/d3dd00214d)
 
     python recipes/derivative/run.py --data DIR                 the core grid: two hours on two cores
-    python recipes/derivative/run.py --data DIR --arms all      all nine arms
+    python recipes/derivative/run.py --data DIR --arms all      all eleven arms
     python recipes/derivative/collect.py                        what is finished, into results.json
 
 A study of six properties from few labels. Two levels of theory are pre-trained on together, PBE and PBEsol, each with
@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import arguments
 
 import transfermium as tm
-from transfermium.study.bakeoff import Target, bakeoff
+from transfermium import Denoise, Objective
+from transfermium.study.bakeoff import ARMS, Arm, Target, bakeoff
 
 FILES = (
     "alexandria-random-1k",
@@ -24,8 +25,9 @@ FILES = (
     "mptrj-random-1k",
     "random-TP",
 )  # not the highest-stress file
-CORE = "scratch,scratch_long,denoise_derivative,efs_direct,efs_derivative"
-ALL = f"{CORE},denoise_direct,e_derivative,f_derivative,fs_derivative,dens_derivative"
+CORE = ("denoise_derivative", "efs_direct", "efs_derivative")  # beside the two controls
+ALL = (*CORE, "denoise_direct", "e_derivative", "f_derivative", "fs_derivative", "dens_derivative")
+IN_DOMAIN = "denoise_in_domain"  # on unlabelled structures of two targets' own kind
 
 
 def targets(data: Path) -> dict[str, Target]:
@@ -48,6 +50,14 @@ def targets(data: Path) -> dict[str, Target]:
     }
 
 
+def arms(data: Path, chosen: str) -> dict[str, Objective | Arm]:
+    found: dict[str, Objective | Arm] = {name: ARMS[name] for name in (CORE if chosen == "core" else ALL)}
+    if chosen == "all":
+        unlabelled = (data / f"{name}/unlabelled_train.extxyz.xz" for name in ("perov5", "carbon24"))
+        found[IN_DOMAIN] = Arm(Denoise(), tm.read(*unlabelled))
+    return found
+
+
 def main() -> None:
     args = arguments(__doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, pretraining="150s", tuning="30s")
     cheap = {
@@ -59,7 +69,7 @@ def main() -> None:
         cheap,
         targets(args.data),
         args.runs / "derivative",
-        arms={"core": CORE, "all": ALL}.get(args.arms, args.arms).split(","),
+        arms=arms(args.data, args.arms),
         backbones={args.backbone: backbones[args.backbone]},
         pretraining=args.pretraining,
         tuning=args.tuning,

@@ -231,7 +231,7 @@ def load(path: str | Path) -> Model:
     if Path(path).is_dir():  # a run folder
         path = Path(path) / "model.safetensors"
     if not Path(path).exists() and not Path(path).suffix:
-        raise InputError(f"there is no model {path}: give a file, a run folder, or one of {', '.join(SHIPPED)}")
+        raise InputError(f"there is no file {path}, and what ships with the package is {', '.join(SHIPPED)}")
     tensors, metadata = read_tensors(path)
     try:
         card = json.loads(metadata["transfermium"])
