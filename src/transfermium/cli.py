@@ -24,7 +24,7 @@ from .backbones import Backbone, TensorNet
 from .console import console, table
 from .data.labels import KEYS
 from .errors import InputError
-from .model import described, subclasses
+from .model import subclasses
 from .objectives import Objective, Property, Together
 from .train import TrainConfig
 
@@ -73,7 +73,7 @@ def pretrain(arguments: Arguments) -> None:
 
     _check_out("pretrain", arguments)
     arguments["backbone"] = arguments["backbone"] or TensorNet()
-    _show_configuration("pretrain", arguments)
+    _show_configuration("pretrain", arguments, run)
     run(_by_part(arguments.pop("data"), arguments["objective"]), **_with_pairs(_valid_by_part(arguments)))
     _report(arguments)
 
@@ -83,7 +83,7 @@ def finetune(arguments: Arguments) -> None:
     from .transfer import finetune as run
 
     _check_out("finetune", arguments)
-    _show_configuration("finetune", arguments)
+    _show_configuration("finetune", arguments, run)
     data = _by_part(arguments.pop("data"), arguments["objective"])
     run(arguments.pop("base"), data, **_with_pairs(_valid_by_part(arguments)))
     _report(arguments)
@@ -464,14 +464,30 @@ def _report(arguments: Arguments) -> None:
     console.print(f"Model: {out / 'model.safetensors'}\nReport: {report}", markup=False, soft_wrap=True)
 
 
-def _show_configuration(verb: str, arguments: Arguments) -> None:
-    shown = {
-        name: described(value) if isinstance(value, Objective | Backbone) else value
-        for name, value in arguments.items()
-        if value not in (None, [])
-    }
-    console.print(f"[bold]transfermium {verb}[/bold]")
-    console.print(_yaml(shown).rstrip(), style="dim", markup=False, soft_wrap=True)
+def _show_configuration(verb: str, arguments: Arguments, run: Callable[..., Any]) -> None:
+    """What was asked for beyond the defaults."""
+    usual = _defaults(run) | _defaults(TrainConfig)
+    asked = {name: value for name, value in arguments.items() if value not in (None, [], usual.get(name))}
+    console.print(f"[bold]transfermium {verb}[/bold], all other options as usual")
+    console.print(
+        _yaml({name: _short(value) for name, value in asked.items()}).rstrip(),
+        style="dim",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _short(value: Any) -> Any:
+    """An objective or backbone by its class and what is not usual of its arguments."""
+    if not isinstance(value, Objective | Backbone):
+        return value
+    usual = _defaults(type(value))
+    arguments = {name: _short(given) for name, given in vars(value).items() if name in usual and given != usual[name]}
+    return {type(value).__name__: arguments} if arguments else type(value).__name__
+
+
+def _defaults(of: Callable[..., Any]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(of).parameters.items()}
 
 
 def _yaml(content: Any) -> str:
