@@ -90,6 +90,19 @@ class TestForms:
         assert model.card["history"][-1]["validation structures"] == 4
         assert "reference shift (eV)" not in model.card["history"][-1]["alignment"]
 
+    @pytest.mark.parametrize("base", ["--base potential.safetensors", "--base=potential.safetensors"])
+    def test_the_base_may_be_an_option(self, base):
+        run(f"finetune a.extxyz {base} --objective Property --objective.name gap --steps 0 --out RUN2")
+        assert len(tm.load("RUN2").card["history"]) == 2
+
+    def test_it_says_what_was_asked_for_and_when_nothing_is_left_to_do(self, capsys):
+        for _ in range(2):
+            run(f"pretrain a.extxyz --objective Potential --objective.forces 9 {TINY} --steps 1 --out RUN")
+        said = capsys.readouterr().err
+        assert all(text in said for text in ("forces: 9", "PaiNN", "width: 8", "edges: 400", "out: RUN"))
+        assert not any(text in said for text in ("weight_decay", "conservative", "split_by"))
+        assert said.count("RUN is finished already") == 1
+
     def test_evaluate_a_potential(self, capsys):
         found = run_json("evaluate potential.safetensors a.extxyz b.extxyz --json", capsys)
         assert list(found) == ["n", "energy_per_atom", "forces", "stress"] and found["n"] == 10
