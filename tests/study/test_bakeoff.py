@@ -9,7 +9,7 @@ import pytest
 import transfermium as tm
 from tests.alloys import alloys
 from transfermium.study.bakeoff import ARMS, Arm, Target, bakeoff
-from transfermium.study.plan import nearest_equilibrium
+from transfermium.study.plan import Plan, nearest_equilibrium
 from transfermium.study.ranking import answers, comparisons, verdict
 
 
@@ -165,6 +165,21 @@ class TestBakeoff:
                 gaps(10, 1), {"gap": Target(gaps(10, 3), tm.Property("gap"))}, tmp_path, arms=["efs_derivative"],
                 quiet=True,
             )  # fmt: skip
+
+
+def test_without_stress_there_are_arms_of_energies_and_forces(tmp_path):
+    def arms(structures) -> set[str]:
+        data = {"": structures}
+        plan = Plan(data, {}, {"gap": Target(gaps(12, 3), tm.Property("gap"))}, tmp_path, {}, {}, None, True)
+        return set(plan.objectives(None))
+
+    both = {"scratch", "scratch_long", "denoise_direct", "denoise_derivative", "dens_derivative"}
+    both |= {"e_derivative", "f_derivative"}
+    assert arms(alloys(6)) == both | {"fs_derivative", "efs_direct", "efs_derivative"}
+    molecules = alloys(6)
+    for atoms in molecules:
+        del atoms.calc.results["stress"]
+    assert arms(molecules) == both | {"ef_direct", "ef_derivative"}
 
 
 def test_noise_is_learned_on_the_frame_nearest_to_equilibrium():

@@ -63,7 +63,8 @@ def bakeoff(
         targets: name to what is fine-tuned on.
         out: folder of the study; the same call goes on where it was stopped.
         arms: names among `ARMS`, "scratch" and "scratch_long", or names to objectives of one's own (with structures of
-            their own: `Arm`); by default all that the labels of `structures` allow.
+            their own: `Arm`); by default all that the labels of `structures` allow, of energies and forces alone only
+            where there is no stress.
         backbones: name to architecture.
         pretraining, tuning: processor time of the two stages, such as "5min".
         sizes: numbers of labels, validation included, each set within the next; by default all there are, up to 500.

@@ -26,9 +26,9 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
             "Questions are not corrected for their number: of twenty, one may be answered by chance.",
         ],
     )
-    if panels := _panels(result):
+    if compared := panels(result):
         caption = "Errors relative to scratch with the same fine-tuning: ratio and 95 % interval over seeds."
-        page.figure(forest(panels), caption)
+        page.figure(forest(compared), caption)
     page.table(rows(result), "Every arm on every target; clear: neither other seeds nor other materials explain it")
     page.heading("How it was done")
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
@@ -88,13 +88,13 @@ def _row(one: Mapping[str, Any]) -> dict[str, str]:
     return row
 
 
-def _panels(result: Result) -> dict[str, list[tuple[str, float, float, float]]]:
+def panels(result: Result) -> dict[str, list[tuple[str, float, float, float]]]:
     """For each target: arms with ratio and interval; of several sizes and backbones, each on its own line."""
-    panels: dict[str, list[tuple[str, float, float, float]]] = {}
+    found: dict[str, list[tuple[str, float, float, float]]] = {}
     for one in result["comparisons"]:
         beside = [other for other in result["comparisons"] if other["target"] == one["target"]]
         told = [str(one[key]) for key in ("backbone", "n_train") if len({other[key] for other in beside}) > 1]
         name = f"{one['arm']} ({', '.join(told)})" if told else one["arm"]
         if "ratio" in one:
-            panels.setdefault(one["target"], []).append((name, one["ratio"], *one["seeds interval"]))
-    return panels
+            found.setdefault(one["target"], []).append((name, one["ratio"], *one["seeds interval"]))
+    return found

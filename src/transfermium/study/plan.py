@@ -32,6 +32,8 @@ ARMS: dict[str, Objective] = {
     "e_derivative": Potential(forces=0.0, stress=0.0),
     "f_derivative": Potential(energy=0.0, stress=0.0),
     "fs_derivative": Potential(energy=0.0),
+    "ef_direct": Potential(stress=0.0, conservative=False),
+    "ef_derivative": Potential(stress=0.0),
     "efs_direct": Potential(conservative=False),
     "efs_derivative": Potential(),
 }
@@ -139,7 +141,8 @@ class Plan:
             raise InputError(
                 f"the arm '{missing[0]}' needs labels that the structures lack: they have {self._listed()}"
             )
-        return {name: possible[name] for name in possible if arms is None or name in {SCRATCH, *arms}}
+        usual = [name for name in possible if "stress" not in self.labels or not name.startswith("ef_")]
+        return {name: possible[name] for name in possible if name in {SCRATCH, *(usual if arms is None else arms)}}
 
     def _possible(self, name: str, objective: Objective) -> bool:
         letters = {"e": "energy", "f": "forces", "s": "stress"}
