@@ -27,6 +27,7 @@ FILES = (
 )  # not the highest-stress file
 CORE = ("denoise_derivative", "efs_direct", "efs_derivative")  # beside the two controls
 ALL = (*CORE, "denoise_direct", "e_derivative", "f_derivative", "fs_derivative", "dens_derivative")
+RATES = (8e-3, 4e-3, 2e-3)
 IN_DOMAIN = "denoise_in_domain"  # on unlabelled structures of two targets' own kind
 
 
@@ -59,7 +60,7 @@ def arms(data: Path, chosen: str) -> dict[str, Objective | Arm]:
 
 
 def main() -> None:
-    args = arguments(__doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, pretraining="150s", tuning="30s")
+    args = arguments(__doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, pretraining="180s", tuning="30s")
     cheap = {
         "pbe": tm.read(*(args.data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in FILES)),
         "pbesol": tm.read(args.data / "mad_pbesol_1000/all.extxyz.xz"),
@@ -74,7 +75,8 @@ def main() -> None:
         pretraining=args.pretraining,
         tuning=args.tuning,
         seeds=args.seeds,
-        edges=4_000,
+        rates=RATES,
+        edges=8_000,
         workers=args.workers,
     )
 
