@@ -24,7 +24,7 @@ from .backbones import Backbone, TensorNet
 from .console import console, table
 from .data.labels import KEYS
 from .errors import InputError
-from .model import subclasses
+from .model import asked, subclasses
 from .objectives import Objective, Property, Together
 from .train import TrainConfig
 
@@ -466,11 +466,12 @@ def _report(arguments: Arguments) -> None:
 
 def _show_configuration(verb: str, arguments: Arguments, run: Callable[..., Any]) -> None:
     """What was asked for beyond the defaults."""
-    usual = _defaults(run) | _defaults(TrainConfig)
-    asked = {name: value for name, value in arguments.items() if value not in (None, [], usual.get(name))}
+    signatures = (inspect.signature(of) for of in (run, TrainConfig))
+    usual = {name: one.default for signature in signatures for name, one in signature.parameters.items()}
+    given = {name: value for name, value in arguments.items() if value not in (None, [], usual.get(name))}
     console.print(f"[bold]transfermium {verb}[/bold], all other options as usual")
     console.print(
-        _yaml({name: _short(value) for name, value in asked.items()}).rstrip(),
+        _yaml({name: _short(value) for name, value in given.items()}).rstrip(),
         style="dim",
         markup=False,
         soft_wrap=True,
@@ -481,13 +482,8 @@ def _short(value: Any) -> Any:
     """An objective or backbone by its class and what is not usual of its arguments."""
     if not isinstance(value, Objective | Backbone):
         return value
-    usual = _defaults(type(value))
-    arguments = {name: _short(given) for name, given in vars(value).items() if name in usual and given != usual[name]}
+    arguments = {name: _short(given) for name, given in asked(value).items()}
     return {type(value).__name__: arguments} if arguments else type(value).__name__
-
-
-def _defaults(of: Callable[..., Any]) -> dict[str, Any]:
-    return {name: parameter.default for name, parameter in inspect.signature(of).parameters.items()}
 
 
 def _yaml(content: Any) -> str:

@@ -265,6 +265,16 @@ def described(thing: Any) -> dict[str, Any]:
     return {"class": type(thing).__name__, "arguments": {name: _plain(getattr(thing, name)) for name in names}}
 
 
+def asked(thing: Any) -> dict[str, Any]:
+    """The constructor arguments of an object that are not at their defaults."""
+    usual = {name: one.default for name, one in inspect.signature(type(thing)).parameters.items()}
+    return {name: value for name in usual if not _same(value := getattr(thing, name), usual[name])}
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
 def _plain(value: Any) -> Any:
     """An argument as JSON can hold it: objects, also those in a mapping, are described."""
     if isinstance(value, Mapping):

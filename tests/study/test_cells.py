@@ -76,6 +76,7 @@ def test_each_cell_is_done_once(tmp_path: Path, pool: Executor) -> None:
 def test_a_folder_says_what_its_cell_is(tmp_path: Path, pool: Executor) -> None:
     (cell,) = dict(run(squares(1), tmp_path, executor=pool, quiet=True))
     found = json.loads((cell.folder(tmp_path) / "result.json").read_text())
+    assert found.pop("in full") == [{}, {"x": 0}]
     assert found == {"work": "square", "version": 1, "key": {"x": 0}, "arguments": {}, "needs": {}, "result": 0}
     assert cell.folder(tmp_path).name.startswith("square-0-")
 
@@ -93,6 +94,35 @@ def test_whatever_changes_a_result_makes_another_cell() -> None:
     assert len({cell, *others}) == 6
     same = Cell({"seed": 0}, add, {"objective": tm.Potential()}, {"left": base, "right": base}, steps=7)
     assert same == cell and same.name == cell.name
+
+
+def told(folder: Path, objective: Any) -> str:
+    return type(objective).__name__
+
+
+def test_a_new_argument_changes_nothing_and_a_new_default_is_noticed(tmp_path: Path, pool: Executor) -> None:
+    class Before(tm.Denoise):
+        def __init__(self, sigma: float = 0.1):
+            super().__init__(sigma)
+
+    class After(tm.Denoise):
+        def __init__(self, sigma: float = 0.1, new: int = 3):
+            super().__init__(sigma)
+            self.new = new
+
+    class Otherwise(Before):
+        def __init__(self, sigma: float = 0.2):
+            super().__init__(sigma)
+
+    Before.__name__ = After.__name__ = Otherwise.__name__ = "Noise"
+    before, after, changed, otherwise = (
+        Cell({}, told, {"objective": objective}) for objective in (Before(), After(), After(new=4), Otherwise())
+    )
+    assert before == after == otherwise != changed
+    assert list(run([before], tmp_path, executor=pool)) == [(before, "Noise")]
+    assert list(run([after], tmp_path, executor=pool)) == [(before, "Noise")]
+    with pytest.raises(InputError, match="was done with other defaults"):
+        list(run([otherwise], tmp_path, executor=pool))
 
 
 def test_a_needed_cell_comes_first_and_is_handed_over(tmp_path: Path, pool: Executor) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ import torch
 from ..backbones import Backbone
 from ..console import bar
 from ..errors import InputError
-from ..model import described, write_whole
+from ..model import asked, described, write_whole
 from ..objectives import Objective
 from ..run import write_json
 
@@ -63,7 +63,8 @@ class Cell:
 
     The folder is the cell's own, and the same one when it begins again after it was killed: with `out=folder / "run"`,
     `pretrain` and `finetune` go on where they were. Cells with another key, other arguments, another `work` or version,
-    or that need other cells, are other cells; code that changes behind them goes unnoticed, and so does a file.
+    or that need other cells, are other cells; code that changes behind them goes unnoticed, and so does a file. What is
+    new in a class and at its default makes no other cell, and a default that has changed is an error.
 
     Args:
         key: what tells the cell from others in a table, such as {"arm": "scratch", "labels": 100, "seed": 0}.
@@ -95,7 +96,7 @@ class Cell:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that makes it another cell, as JSON."""
+        """All that makes it another cell, as JSON; of objectives and backbones what is not at its default."""
         work = getattr(self.work, "__qualname__", "<nothing>")
         if "<" in work:
             raise InputError(f"{self.work!r} cannot be the work of a cell: give a function at the top of a module")
@@ -117,6 +118,11 @@ class Cell:
             return _as_json(found)
         except TypeError as error:
             raise InputError(f"the cell {self.title} cannot be told from others: {error}") from None
+
+    @property
+    def in_full(self) -> Any:
+        """All that objectives and backbones were built with, by which a default that has changed is noticed."""
+        return _as_json([self.arguments, self.key], described)
 
     def folder(self, out: str | Path) -> Path:
         """Where a study in the folder `out` keeps it."""
@@ -155,7 +161,7 @@ def run(
             the folder or that died.
     """
     every = _with_needed(cells)
-    done = {cell: found["result"] for cell in every if (found := _kept(cell.folder(out))) is not None}
+    done = {cell: found["result"] for cell in every if (found := _kept(cell.folder(out), cell)) is not None}
     left = [cell for cell in every if cell not in done]
     yield from list(done.items())
     if not left:
@@ -249,7 +255,7 @@ def _begun(pool: Executor, cell: Cell, out: str | Path, done: Mapping[Cell, Any]
     folder = cell.folder(out)
     if not (folder / "cell.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "cell.json", cell.identity)
+        write_json(folder / "cell.json", {**cell.identity, "in full": cell.in_full})
     needed = {name: Done(other.folder(out), done[other]) for name, other in cell.needs.items()}
     return pool.submit(_do, folder, cell.work, {**cell.key, **cell.arguments, **needed})
 
@@ -303,8 +309,8 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def _kept(folder: Path) -> dict[str, Any] | None:
-    """What a finished cell left in its folder."""
+def _kept(folder: Path, cell: Cell | None = None) -> dict[str, Any] | None:
+    """What a finished cell left in its folder; an error where a default has changed since."""
     file = folder / "result.json"
     try:
         found: dict[str, Any] = json.loads(file.read_text())
@@ -312,22 +318,36 @@ def _kept(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise InputError(f"{file} is damaged: delete it, and the cell is done again") from None
+    if cell is not None and "in full" in found and not _agree(found["in full"], cell.in_full):
+        raise InputError(
+            f"{folder} was done with other defaults than those of today: choose another folder for the study, or "
+            "delete this one"
+        )
     return found
 
 
-def _as_json(content: Any) -> Any:
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two values are the same wherever both say something."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(_agree(one[name], other[name]) for name in one.keys() & other.keys())
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_agree, one, other))
+    return bool(one == other)
+
+
+def _as_json(content: Any, describe: Callable[[Any], Any] | None = None) -> Any:
     """The content as it will be read again."""
-    return json.loads(json.dumps(content, default=_plain))
+    return json.loads(json.dumps(content, default=partial(_plain, describe=describe)))
 
 
-def _plain(thing: Any) -> Any:
-    """JSON values for what cells are given and return."""
+def _plain(thing: Any, describe: Callable[[Any], Any] | None = None) -> Any:
+    """JSON values for what cells are given and return; objectives and backbones as `describe` has them."""
     if isinstance(thing, np.generic | np.ndarray):
         return thing.tolist()
     if isinstance(thing, Path):
         return str(thing)
-    if isinstance(thing, Objective | Backbone):
-        return described(thing)
+    if isinstance(thing, Objective | Backbone):  # by default such that a new argument at its default changes nothing
+        return describe(thing) if describe else {"class": type(thing).__name__, "arguments": asked(thing)}
     if isinstance(thing, Mapping):
         return dict(thing)
     raise TypeError(f"{type(thing).__name__} is not a JSON value, path, objective or backbone")
