@@ -17,8 +17,8 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
     {"heads"},
     {"model", "objectives"},
     {"data", "distributed", "run", "crystals"},
-    {"train", "rehearsal"},
-    {"transfer", "evaluate", "calculator"},
+    {"train", "rehearsal", "dataset"},
+    {"transfer", "align", "card", "evaluate", "calculator"},
     {"study", "doctor", "report", "simulate", "export", "demo", "testing"},
     {"transfermium"},  # the public names
     {"cli", "__main__"},

@@ -427,7 +427,7 @@ class TestWhatAnalysisFound:
             tm.pretrain(alloys(4), tm.Potential(), painn(), valid=alloys(2), split_key="split", verbose=False)
 
     def test_every_element_gets_a_reference_however_few_structures_are_looked_at(self, monkeypatch):
-        monkeypatch.setattr("transfermium.transfer.MOST_SAMPLES", 4)
+        monkeypatch.setattr("transfermium.dataset.MOST_SAMPLES", 4)
         structures = [a for a in alloys(20) if True]
         rare = structures[7].copy()
         rare.numbers[:] = 47

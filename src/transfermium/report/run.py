@@ -9,13 +9,13 @@ from typing import Any
 
 from ase.data import atomic_numbers
 
+from ..align import reference_shifts
 from ..data.labels import Label, Labels
 from ..data.split import Split
 from ..errors import InputError
 from ..evaluate import PRINTED, printable
 from ..model import Model, load
 from ..train import read_metrics
-from ..transfer import reference_shifts
 from .figures import loss_curves, parity
 from .page import Page
 
