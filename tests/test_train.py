@@ -24,7 +24,7 @@ from transfermium import cli
 from transfermium.data import Labelled
 from transfermium.data.load import VALIDATION, Batches, count_edges, plan
 from transfermium.model import read_tensors, write_tensors
-from transfermium.train import TrainConfig, evaluate_loss, parse_time, read_metrics, train
+from transfermium.train import TrainConfig, evaluate_loss, layers, parse_time, read_metrics, train
 
 STEPS = 14
 OBJECTIVE = tm.Potential(energy=1.0, forces=1.0, stress=1.0)
@@ -264,6 +264,38 @@ class TestEnd:
         assert validated(1) == list(range(4, 41, 4))  # four batches trained on for each that is validated
         assert validated(3) == [10, 20, 30, 40]
         assert validated(8) == [10, 20, 30, 40]  # four times at least
+
+
+class TestLayers:
+    """How far each layer of a backbone may move from where it started."""
+
+    def moved(self, **changes: Any) -> dict[str, float]:
+        model = new_model()
+        before = weights_of(model)
+        list(train(model, OBJECTIVE, alloys(4), quick(steps=8, ema=0.0, **changes)))
+        return {name: float((t - before[name]).abs().max()) for name, t in weights_of(model).items()}
+
+    @pytest.mark.parametrize("backbone", [tm.TensorNet(8, 3), tm.PaiNN(8, 3), tm.ET(8, 3), tm.CGCNN(8, 8, 3)])
+    def test_every_parameter_has_a_layer(self, backbone):
+        found = layers(backbone)
+        assert found.keys() == dict(backbone.named_parameters()).keys()
+        assert set(found.values()) <= set(range(5)) and {0, 1, 2, 3} <= set(found.values())
+        assert all(k == 0 for name, k in found.items() if name.startswith(("node_inputs", "told")))
+        assert all(str(k - 1) in name.split(".") for name, k in found.items() if 0 < k < 4)
+
+    def test_lower_layers_move_less(self):
+        moved = self.moved(layer_decay=1e-3)
+        lowest = max(d for name, d in moved.items() if name.startswith("backbone.node_inputs"))
+        usual = max(d for name, d in self.moved().items() if name.startswith("backbone.node_inputs"))
+        assert 0 < lowest < 1e-2 * usual
+        assert max(d for name, d in moved.items() if name.startswith("heads.")) > 0.1 * usual
+
+    def test_the_backbone_is_drawn_back_and_the_heads_are_not(self):
+        free, drawn = self.moved(), self.moved(l2_to_base=100.0)
+        backbone = [name for name in free if name.startswith("backbone.") and free[name]]
+        assert backbone and all(drawn[name] < 0.7 * free[name] for name in backbone)
+        heads = [name for name in free if name.startswith("heads.") and free[name]]
+        assert all(drawn[name] > 0.7 * free[name] for name in heads)
 
 
 class TestSteps:

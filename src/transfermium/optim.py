@@ -16,7 +16,9 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv:1711.05101).
 
     Args:
-        groups: with "params" and "lr", which may be changed between steps.
+        groups: with "params" and "lr", which may be changed between steps; with "pull" and "start" (weights, one for
+            each of "params") these are drawn towards where they started, by that fraction per step, times lr
+            (arXiv:1802.01483, decoupled from the gradient like the decay).
         weight_decay: fraction of a weight that is taken away per step, times lr.
 
     Attributes:
@@ -38,6 +40,9 @@ class AdamW:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             if weights := [p for p in group["params"] if p.grad is not None]:
+                if pull := group.get("pull"):
+                    start = [s for p, s in zip(group["params"], group["start"], strict=True) if p.grad is not None]
+                    torch._foreach_lerp_(weights, start, min(group["lr"] * pull, 1.0))
                 self._update(weights, group["lr"])
 
     def _update(self, weights: list[Tensor], lr: float) -> None:

@@ -19,9 +19,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import ase
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import distributed
+from .backbones import Backbone
 from .console import console
 from .data.labels import geometries
 from .data.load import VALIDATION, Batches, Dealt, Place, Share, ahead, count_edges, dealing, plan, training_batches
@@ -49,6 +50,10 @@ class TrainConfig:
         processor_time: of the (first) process at most, likewise: fair to runs that share a machine.
         lr: peak learning rate, after a linear warm-up and before a cosine decay.
         backbone_lr: peak learning rate of the backbone; zero freezes it, None is the same as lr.
+        layer_decay: factor of the learning rate from each layer of the backbone to the one below it; below one, layers
+            near the structure change less than those near the answer.
+        l2_to_base: strength with which weights of the backbone are drawn back to where they started (L2-SP); like
+            weight_decay, times the learning rate.
         weight_decay: of AdamW.
         warmup: fraction of the run in which the learning rate rises.
         ema: decay of the averaged weights, which are what is validated and returned; zero keeps no average.
@@ -70,6 +75,8 @@ class TrainConfig:
     processor_time: str | None = None
     lr: float = 2e-3
     backbone_lr: float | None = None
+    layer_decay: float = 1.0
+    l2_to_base: float = 0.0
     weight_decay: float = 1e-5
     warmup: float = 0.05
     ema: float = 0.999
@@ -90,9 +97,11 @@ class TrainConfig:
         for name in ("validate_every", "patience", "accumulate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least one")
-        for name in ("steps", "backbone_lr", "weight_decay", "seed", "workers"):
+        for name in ("steps", "backbone_lr", "l2_to_base", "weight_decay", "seed", "workers"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer_decay is {self.layer_decay}, but must be above zero and at most one")
         if not (0 <= self.warmup < 1 and 0 <= self.ema < 1):
             raise InputError("warmup and ema are fractions: zero or more, and below one")
         for name, seconds in self.seconds.items():
@@ -201,6 +210,19 @@ def in_parts(work: Callable[[Any], T], members: Any, structures: Sequence[ase.At
     half = len(members) // 2
     yield from in_parts(work, members[:half], structures)
     yield from in_parts(work, members[half:], structures)
+
+
+def layers(backbone: Backbone) -> dict[str, int]:
+    """In which layer each parameter is: zero before the repeated blocks, then by block, and above them what follows."""
+    top = max((len(block) for block in backbone.children() if isinstance(block, nn.ModuleList)), default=0)
+    found = {name: top + 1 for name, _ in backbone.named_parameters(recurse=False)}
+    below = top > 0
+    for name, child in backbone.named_children():
+        repeated = isinstance(child, nn.ModuleList)
+        below = below and not repeated
+        for inner, _ in child.named_parameters():
+            found[f"{name}.{inner}"] = 1 + int(inner.split(".")[0]) if repeated else 0 if below else top + 1
+    return found
 
 
 def device_of(model: Model) -> torch.device:
@@ -489,13 +511,16 @@ class _Run:
         backbone_lr = config.lr if config.backbone_lr is None else config.backbone_lr
         for p in self.model.backbone.parameters():
             p.requires_grad_(backbone_lr > 0)
-        groups = [
-            {
-                "params": [p for p in self.model.parameters() if id(p) in backbone and p.requires_grad],
-                "peak": backbone_lr,
-            },
-            {"params": [p for p in self.model.parameters() if id(p) not in backbone], "peak": config.lr},
-        ]
+        layer = layers(self.model.backbone) if config.layer_decay < 1 else {}
+        top = max(layer.values(), default=0)
+        groups: list[dict[str, Any]] = []
+        for k in sorted({*layer.values(), top}):
+            own = [p for name, p in self.model.backbone.named_parameters() if layer.get(name, top) == k]
+            own = [p for p in own if p.requires_grad]
+            pull = {"pull": config.l2_to_base, "start": [p.detach().clone() for p in own]} if config.l2_to_base else {}
+            groups.append({"params": own, "peak": backbone_lr * config.layer_decay ** (top - k), **pull})
+        others = [p for p in self.model.parameters() if id(p) not in backbone]
+        groups.append({"params": others, "peak": config.lr})
         return [{**group, "lr": 0.0} for group in groups if group["params"]]
 
     @torch.no_grad()
