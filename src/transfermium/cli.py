@@ -115,6 +115,15 @@ def predict(arguments: Arguments) -> None:
     console.print(f"{len(results)} structures written to {out}")
 
 
+def features(arguments: Arguments) -> None:
+    """What a model sees in structures, as a table for other tools."""
+    from .features import features as run
+
+    out = arguments["out"]
+    table = run(arguments.pop("model"), arguments.pop("data"), **arguments)
+    console.print(f"{len(table.values)} rows of {len(table.names)} features written to {out}")
+
+
 def info(arguments: Arguments) -> None:
     """What is known of a model: architecture, labels, elements, history."""
     from .model import load
@@ -195,11 +204,11 @@ def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> d
 
 
 VERBS: dict[str, Callable[[Arguments], None]] = {
-    verb.__name__: verb for verb in (demo, pretrain, finetune, evaluate, predict, info, pack, leaks, bakeoff)
+    verb.__name__: verb for verb in (demo, pretrain, finetune, evaluate, predict, features, info, pack, leaks, bakeoff)
 }
 
 
-SHARED = ("pretrain", "finetune", "evaluate", "predict")  # verbs that several processes work on together
+SHARED = ("pretrain", "finetune", "evaluate", "predict", "features")  # verbs that several processes work on together
 
 
 def _takes_part(verb: str) -> bool:
@@ -265,6 +274,7 @@ def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
         "finetune": lambda: _training_parser("base"),
         "evaluate": _evaluate_parser,
         "predict": _predict_parser,
+        "features": _features_parser,
         "info": _info_parser,
         "pack": _pack_parser,
         "leaks": _leaks_parser,
@@ -326,12 +336,20 @@ def _predict_parser() -> Parser:
     return parser
 
 
-def _model_parser() -> Parser:
+def _features_parser() -> Parser:
+    parser = _model_parser(parts=False)
+    parser.add_argument("--out", type=str, required=True, help="a .parquet or .csv file")
+    parser.add_argument("--per-atom", action="store_true", help="a row for each atom, not for each structure")
+    return parser
+
+
+def _model_parser(parts: bool = True) -> Parser:
     parser = Parser()
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("model", type=str, help="model: a file, a run folder, or small, which ships with the package")
     parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
-    _part_argument(parser)
+    if parts:
+        _part_argument(parser)
     parser.add_argument("--edges", type=int, default=10_000, help="most edges in a batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
     return parser

@@ -158,7 +158,7 @@ def compared(
         return pairs
 
     together: Pairs = {}
-    for pairs in _shared(_parts(model, labelled, edges), work, labelled, "evaluating", quiet):
+    for pairs in shared(parts(model, labelled, edges), work, labelled, "evaluating", quiet):
         for name, rows in pairs.items():
             together.setdefault(name, []).extend(rows)
     return together
@@ -205,7 +205,7 @@ def predict(
     ending = Path(out).suffix.lower() if out is not None else ".extxyz"
     if ending not in (".extxyz", ".xyz", ".csv"):
         raise InputError(f"{out} ends in '{ending}', but predictions are written to .extxyz, .xyz or .csv")
-    _tell_unseen(model, given, verbose)
+    tell_unseen(model, given, verbose)
 
     model = model.to(chosen_device(device)).eval()
 
@@ -218,7 +218,7 @@ def predict(
         return {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
 
     predicted: dict[int, ase.Atoms] = {}
-    for some in _shared(_parts(model, given, edges), work, given, "predicting", not verbose):
+    for some in shared(parts(model, given, edges), work, given, "predicting", not verbose):
         predicted |= some
     results = [predicted[index] for index in range(len(given))]
     if out is not None and distributed.rank() == 0:
@@ -291,19 +291,20 @@ def _as_in_training(
     return labels, units
 
 
-def _parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
+def parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
+    """Batches of at most `budget` edges, as indices."""
     counts = count_edges(structures, model.backbone.edges)
     return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
 
 
-def _shared(
-    parts: list[list[int]], work: Callable[[list[int]], T], structures: Sequence[ase.Atoms], title: str, quiet: bool
+def shared(
+    members: list[list[int]], work: Callable[[list[int]], T], structures: Sequence[ase.Atoms], title: str, quiet: bool
 ) -> Iterator[T]:
     """What `work` makes of each part, in order; processes share the parts, and each gets all results."""
-    own = track(distributed.own(parts), title, quiet=quiet)
-    mine = [list(in_parts(work, members, structures)) for members in own]
+    own = track(distributed.own(members), title, quiet=quiet)
+    mine = [list(in_parts(work, some, structures)) for some in own]
     everyones = distributed.gathered(mine)
-    return (found for k in range(len(parts)) for found in everyones[k % len(everyones)][k // len(everyones)])
+    return (found for k in range(len(members)) for found in everyones[k % len(everyones)][k // len(everyones)])
 
 
 def stored_as(model: Model, name: str) -> str:
@@ -442,7 +443,7 @@ def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) ->
         )
 
 
-def _tell_unseen(model: Model, structures: Sequence[ase.Atoms], verbose: bool) -> None:
+def tell_unseen(model: Model, structures: Sequence[ase.Atoms], verbose: bool) -> None:
     unseen = unseen_elements(model, np.unique(np.concatenate([a.numbers for a in structures] or [[]]).astype(int)))
     if unseen and verbose:
         console.print(
