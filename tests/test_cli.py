@@ -90,10 +90,30 @@ class TestForms:
         assert model.card["history"][-1]["validation structures"] == 4
         assert "reference shift (eV)" not in model.card["history"][-1]["alignment"]
 
-    @pytest.mark.parametrize("base", ["--base potential.safetensors", "--base=potential.safetensors"])
-    def test_the_base_may_be_an_option(self, base):
-        run(f"finetune a.extxyz {base} --objective Property --objective.name gap --steps 0 --out RUN2")
-        assert len(tm.load("RUN2").card["history"]) == 2
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "a.extxyz --base potential.safetensors",
+            "--base=potential.safetensors a.extxyz",
+            "--valid b.extxyz --base potential.safetensors a.extxyz",
+        ],
+    )
+    def test_the_base_may_be_an_option(self, words):
+        run(f"finetune {words} --objective Property --objective.name gap --steps 0 --out RUN2")
+        history = tm.load("RUN2").card["history"]
+        assert len(history) == 2
+        assert history[-1]["structures"] + ("valid" not in words) * history[-1]["validation structures"] == 6
+
+    @pytest.mark.parametrize("words", ["--base", "--base= a.extxyz", "--base x --base y", "--base --steps 3"])
+    def test_a_base_that_is_not_one_is_said(self, words, capsys):
+        with pytest.raises(SystemExit):
+            run(f"finetune a.extxyz --objective Potential --out RUN2 {words}")
+        assert "--base needs one model" in capsys.readouterr().err
+
+    def test_several_objectives_can_be_said(self, capsys):
+        words = f"pretrain pbe=a.extxyz scan=b.extxyz --objective Together {TINY} --steps 1 --out RUN2".split()
+        cli.main([*words, "--objective.parts", "{pbe: {class_path: Potential}, scan: {class_path: Potential}}"])
+        assert "scan: Potential" in capsys.readouterr().err
 
     def test_it_says_what_was_asked_for_and_when_nothing_is_left_to_do(self, capsys):
         for _ in range(2):

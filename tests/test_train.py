@@ -261,9 +261,15 @@ class TestEnd:
             progress = train(new_model(), OBJECTIVE, alloys(4), config, valid=alloys(n_valid, seed=1))
             return [p.step for p in progress if p.valid is not None]
 
-        assert validated(1) == list(range(4, 41, 4))  # four batches trained on for each that is validated
-        assert validated(3) == [10, 20, 30, 40]
+        assert validated(1) == list(range(5, 41, 5))  # five batches trained on for each that is validated
+        assert validated(2) == [10, 20, 30, 40]
         assert validated(8) == [10, 20, 30, 40]  # four times at least
+
+    def test_a_run_bounded_by_time_is_validated_at_each_quarter(self):
+        list(train(new_model(), OBJECTIVE, alloys(4), quick(steps=1)))  # kernels are compiled
+        config = quick(processor_time="2s", edges=1)
+        progress = list(train(new_model(), OBJECTIVE, alloys(4), config, valid=alloys(30, seed=1)))
+        assert {int(4 * p.fraction) for p in progress if p.valid is not None} == {1, 2, 3, 4}
 
 
 class TestLayers:

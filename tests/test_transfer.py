@@ -499,6 +499,25 @@ class TestTogether:
         for one, other in zip(predicted, tm.predict(tuned, scan, verbose=False), strict=True):
             assert one.get_potential_energy() == pytest.approx(other.get_potential_energy())
 
+    def test_a_part_has_seen_its_own_elements_and_levels_of_theory(self):
+        data = self.levels()
+        for level, structures in data.items():
+            for atoms in structures:
+                atoms.info["level"] = level.upper()
+        for atoms in data["scan"]:
+            atoms.numbers[atoms.numbers == 79] = 47
+        objective = tm.Together({level: tm.Potential() for level in data})
+        model = tm.pretrain(data, objective, painn(), steps=1, **QUICK)
+        assert set(model.card["elements"]) == {"Cu", "Ag", "Au"} and set(model.card["levels"]) == {"PBE", "SCAN"}
+        for level, element in (("pbe", "Au"), ("scan", "Ag")):
+            card = model.part(level).card
+            assert set(card["elements"]) == {"Cu", element} and set(card["levels"]) == {level.upper()}
+            assert set(card["metrics"]["validation"]) == {"energy_per_atom", "forces", "stress"} or level == "scan"
+        silver = next(atoms for atoms in data["scan"] if 47 in atoms.numbers).copy()
+        silver.calc = tm.Calculator(model, part="pbe")
+        with pytest.raises(tm.InputError, match="Ag"):
+            silver.get_potential_energy()
+
     def test_the_references_of_each_level_are_fitted_again_and_told_apart(self, tmp_path):
         base, moved = self.model(), self.levels()
         for atoms in moved["scan"]:

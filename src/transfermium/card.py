@@ -13,7 +13,7 @@ from ase.data import chemical_symbols
 
 from .data.columns import codes, count_elements
 from .data.labels import Labels
-from .data.sequences import Subset
+from .data.sequences import Joined, Subset
 from .dataset import TrainingData
 from .evaluate import compared, scores
 from .heads import (
@@ -63,27 +63,44 @@ def _parity(pairs: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, An
 def card_of(
     model: Model, objective: Objective, data: TrainingData, history: list[Any], base: Model | None
 ) -> dict[str, Any]:
-    counts = count_elements(data.unlabelled) + count_elements(data.isolated)
-    seen = Counter({chemical_symbols[z]: int(counts[z]) for z in np.flatnonzero(counts)})
-    levels: Counter[str] = Counter()
-    for structures in (data.unlabelled, data.isolated):
-        level_of, names = codes(structures, "level", str)
-        levels.update({str(name): int((level_of == i).sum()) for i, name in enumerate(names)})
     earlier = base.card.get("elements", {}) if base is not None else {}
-
     quantities = _quantities(model.outputs, objective, data.labels)
     return {
         "objective": described(objective),
         "quantities": quantities,
         "labels": data.labels.to_json(),
-        "levels": dict(levels),
-        "elements": {symbol: int(n) for symbol, n in (Counter(earlier) + seen).items()},
-        "elements in last stage": sorted(seen),
+        **_seen((data.unlabelled, data.isolated), earlier),
         "references (eV)": _references(model, list(model.heads)),
         "history": history,
         "metrics": {"validation loss": history[-1]["best validation loss"]},
-        **({"parts": dict(_parts_of(model, objective, data.labels))} if isinstance(objective, Together) else {}),
+        **({"parts": dict(_parts_of(model, objective, data, earlier))} if isinstance(objective, Together) else {}),
     }
+
+
+def _seen(structures: Sequence[Sequence[ase.Atoms]], earlier: Mapping[str, int]) -> dict[str, Any]:
+    """Levels of theory and elements in structures, with the atoms of each that were seen `earlier`."""
+    counts = np.sum([count_elements(some) for some in structures], axis=0)
+    seen = Counter({chemical_symbols[z]: int(counts[z]) for z in np.flatnonzero(counts)})
+    levels: Counter[str] = Counter()
+    for some in structures:
+        level_of, names = codes(some, "level", str)
+        levels.update({str(name): int((level_of == i).sum()) for i, name in enumerate(names)})
+    return {
+        "levels": dict(levels),
+        "elements": {symbol: int(n) for symbol, n in (Counter(earlier) + seen).items()},
+        "elements in last stage": sorted(seen),
+    }
+
+
+def _belonging_to(part: str, structures: Sequence[ase.Atoms]) -> Subset:
+    """The structures that were given for one part, or for all."""
+    joined = structures.structures if isinstance(structures, Subset) else None
+    if isinstance(structures, Subset) and isinstance(joined, Joined) and part in joined.names:
+        given_for = np.searchsorted(joined.ends, np.asarray(structures.indices), side="right")
+        return Subset(structures, np.flatnonzero(given_for == list(joined.names).index(part)))
+    part_of, names = codes(structures, "part", str)
+    others = [i for i, name in enumerate(names) if name != part]
+    return Subset(structures, np.flatnonzero(~np.isin(part_of, others)))
 
 
 def _references(model: Model, names: Sequence[str]) -> dict[str, float]:
@@ -102,16 +119,19 @@ def _quantities(names: Container[str], objective: Objective, labels: Labels) -> 
     return quantities
 
 
-def _parts_of(model: Model, objective: Together, labels: Labels) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parts_of(
+    model: Model, objective: Together, data: TrainingData, earlier: Mapping[str, int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a model needs to know to be used as one of its parts."""
     for name, outputs in objective.names.items():
         part = objective.parts[name]
-        named = [e for e in labels.entries if e.quantity.startswith(f"{name}.") or e.quantity in part.labels()]
+        named = [e for e in data.labels.entries if e.quantity.startswith(f"{name}.") or e.quantity in part.labels()]
         own = Labels(tuple(replace(e, quantity=e.quantity.removeprefix(f"{name}.")) for e in named))
         card = {
             "objective": described(part),
             "labels": own.to_json(),
             "quantities": _quantities(outputs, part, own),
+            **_seen([_belonging_to(name, some) for some in (data.unlabelled, data.isolated)], earlier),
             "references (eV)": _references(model, [full for full in outputs.values() if full in model.heads]),
         }
         yield name, {"outputs": outputs, "card": card}

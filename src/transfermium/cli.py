@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -245,10 +245,13 @@ def _spelled(argv: Sequence[str]) -> list[str]:
         option, equals, value = word.partition("=")
         words.append(known.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word)
     if words[:1] == ["finetune"]:
-        words = list(chain(*([*word.split("=", 1)] if word.startswith("--base=") else [word] for word in words)))
-        if "--base" in words[:-1]:
+        words = list(chain(*(word.split("=", 1) if word.startswith("--base=") else [word] for word in words)))
+        if "--base" in words:
             at = words.index("--base")
-            words = [words[0], words[at + 1], *words[1:at], *words[at + 2 :]]
+            given = list(takewhile(lambda word: not word.startswith("--"), words[at + 1 :]))  # the base, and data
+            if not (given and given[0]) or words.count("--base") > 1:
+                raise InputError("--base needs one model: a file, a run folder, or small")
+            words = [words[0], *given, *words[1:at], *words[at + 1 + len(given) :]]
     return words
 
 
@@ -487,7 +490,7 @@ def _show_configuration(verb: str, arguments: Arguments, run: Callable[..., Any]
     signatures = (inspect.signature(of) for of in (run, TrainConfig))
     usual = {name: one.default for signature in signatures for name, one in signature.parameters.items()}
     given = {name: value for name, value in arguments.items() if value not in (None, [], usual.get(name))}
-    console.print(f"[bold]transfermium {verb}[/bold], all other options as usual")
+    console.print(f"[bold]transfermium {verb}[/bold] (other options as usual; config.json has them all)")
     console.print(
         _yaml({name: _short(value) for name, value in given.items()}).rstrip(),
         style="dim",
@@ -498,6 +501,8 @@ def _show_configuration(verb: str, arguments: Arguments, run: Callable[..., Any]
 
 def _short(value: Any) -> Any:
     """An objective or backbone by its class and what is not usual of its arguments."""
+    if isinstance(value, Mapping):
+        return {name: _short(one) for name, one in value.items()}
     if not isinstance(value, Objective | Backbone):
         return value
     arguments = {name: _short(given) for name, given in asked(value).items()}

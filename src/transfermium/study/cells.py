@@ -253,9 +253,8 @@ def _failure(failed: Mapping[Cell, str], dependent: int, total: int, out: Path) 
 def _begun(pool: Executor, cell: Cell, out: str | Path, done: Mapping[Cell, Any]) -> Future[tuple[str, Any]]:
     """Hand a cell to a worker."""
     folder = cell.folder(out)
-    if not (folder / "cell.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "cell.json", {**cell.identity, "in full": cell.in_full})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "cell.json", {**cell.identity, "in full": cell.in_full})
     needed = {name: Done(other.folder(out), done[other]) for name, other in cell.needs.items()}
     return pool.submit(_do, folder, cell.work, {**cell.key, **cell.arguments, **needed})
 
