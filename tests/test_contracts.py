@@ -34,6 +34,11 @@ HEADS = [
     tm.AtomHead(8, classes=3),
     tm.VectorHead(8),
     tm.TensorHead(8),
+    tm.CompositionHead(8),
+    tm.CompositionHead(8, "extensive", heads=2, layers=(2, 1)),
+    tm.DeviationHead(8),
+    tm.DeviationHead(8, "extensive"),
+    tm.DeviationHead(8, "per-atom"),
 ]
 
 OBJECTIVES = [
@@ -50,8 +55,11 @@ OBJECTIVES = [
     tm.Together({"gap": tm.Property("gap"), "way": tm.Denoise(told_forces=True)}, weights={"way": 0.5}),
     tm.Property("gap"),
     tm.Property("gap", pooling="attention", weight=2.0),
+    tm.Property("gap", pooling="composition", uncertainty=True),
     tm.Property("polarisability", "extensive"),
+    tm.Property("polarisability", "extensive", pooling="composition"),
     tm.Property("charge", "per-atom"),
+    tm.Property("charge", "per-atom", uncertainty=True),
     tm.Property("metal", task="classification"),
     tm.Property("site", "per-atom", "classification", classes=3),
 ]

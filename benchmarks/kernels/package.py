@@ -59,6 +59,7 @@ class Problem:
             senders=edges.senders,
             receivers=edges.receivers,
             cell_shifts=torch.zeros(E, 3),
+            shells=torch.zeros(0, dtype=torch.int64),
             inputs={},
         )
         self.vectors = (arrays["u"] * lengths.unsqueeze(1)).requires_grad_()

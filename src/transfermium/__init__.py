@@ -2,26 +2,39 @@
 
 __version__ = "0.1.0"
 
-from .backbones import CGCNN, ET, Backbone, Features, PaiNN, TensorNet
+from .backbones import CGAT, CGCNN, ET, Backbone, Features, PaiNN, TensorNet
 from .calculator import Calculator
 from .crystals import crystals
 from .data import PackedSet, leaks, pack, read
 from .errors import InputError
 from .evaluate import evaluate, predict
-from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
+from .heads import (
+    AtomHead,
+    ClassHead,
+    CompositionHead,
+    DeviationHead,
+    EnergyHead,
+    Head,
+    ScalarHead,
+    TensorHead,
+    VectorHead,
+)
 from .model import Gradient, Model, Strain, load
 from .objectives import Denoise, Objective, Potential, Property, Together
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
 
 __all__ = [
+    "CGAT",
     "CGCNN",
     "ET",
     "AtomHead",
     "Backbone",
     "Calculator",
     "ClassHead",
+    "CompositionHead",
     "Denoise",
+    "DeviationHead",
     "EnergyHead",
     "Features",
     "Gradient",

@@ -15,6 +15,7 @@ from .data.load import count_edges, plan
 from .graph import Sample, is_isolated_atom, to_batch
 from .heads import (
     AtomHead,
+    CompositionHead,
     EnergyHead,
     ScalarHead,
     VectorHead,
@@ -54,10 +55,11 @@ def align_references(
         if isinstance(head, EnergyHead):
             shifts = _shift_elements(model, head, name, own, seen)
             report |= {key if name == "energy" else f"{key} of {name}": found for key, found in shifts.items()}
-        elif isinstance(head, ScalarHead | AtomHead) and not getattr(head, "classes", 0) and seen:
+        elif isinstance(head, ScalarHead | CompositionHead | AtomHead) and not getattr(head, "classes", 0) and seen:
             predictions = _predictions(model, seen, name)
             targets = np.concatenate([np.asarray(s.targets[own], float) for s in seen])
-            sizes = np.array([len(s.atoms) for s in seen]) if getattr(head, "pooling", "") == "sum" else 1
+            extensive = getattr(head, "pooling", "") == "sum" or getattr(head, "kind", "") == "extensive"
+            sizes = np.array([len(s.atoms) for s in seen]) if extensive else 1
             residuals = (targets - predictions) / sizes
             if np.isfinite(residuals).any():
                 shift = float(np.nanmean(residuals))

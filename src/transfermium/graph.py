@@ -19,6 +19,7 @@ from .errors import InputError
 LARGEST_EXTENT = 1e4  # Å; neighbour searches over larger boxes can exhaust memory
 LARGE = 5_000  # atoms; the memory of searches in larger structures is given back
 SHORTEST_DISTANCE = 1e-3  # Å; directions between closer atoms are noise
+FIRST_LOOK = 1.65  # Å times the cube root of twice the atoms wanted: a ball that holds them in most solids
 
 
 class Neighbors(NamedTuple):
@@ -27,6 +28,7 @@ class Neighbors(NamedTuple):
     receivers: np.ndarray  # (n_edges,), sorted
     senders: np.ndarray  # (n_edges,)
     shifts: np.ndarray  # (n_edges, 3), whole cells between the receiver and the image of the sender
+    shells: np.ndarray = np.zeros(0, np.uint8)  # (n_edges,), as in a graph
 
     @property
     def bytes(self) -> int:
@@ -37,7 +39,14 @@ class Neighbors(NamedTuple):
         last = int(self.senders.max(initial=0))
         small = np.abs(self.shifts).max(initial=0) < 128
         index, shift = np.min_scalar_type(last), np.int8 if small else self.shifts.dtype
-        return Neighbors(self.receivers.astype(index), self.senders.astype(index), self.shifts.astype(shift))
+        shells = self.shells.astype(np.min_scalar_type(int(self.shells.max(initial=0))))
+        return Neighbors(self.receivers.astype(index), self.senders.astype(index), self.shifts.astype(shift), shells)
+
+    def lengths(self, atoms: ase.Atoms) -> np.ndarray:
+        """Of the edges, in Å: (n_edges,)."""
+        images = self.shifts @ np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)
+        vectors: np.ndarray = atoms.positions[self.senders] - atoms.positions[self.receivers] + images
+        return np.linalg.norm(vectors, axis=1)
 
 
 class AtomGraph(NamedTuple):
@@ -50,6 +59,7 @@ class AtomGraph(NamedTuple):
     senders: Tensor  # (n_edges,)
     receivers: Tensor  # (n_edges,), sorted
     cell_shifts: Tensor  # (n_edges, 3), whole cells between the receiver and the image of the sender
+    shells: Tensor  # (n_edges,), which shell of the receiver, 1 is the nearest; empty where edges have a cutoff
     inputs: dict[str, Tensor]  # name -> (n_atoms, k), what the model is told beside the structure
 
     @property
@@ -167,6 +177,73 @@ class Cutoff:
         return 1 - x**6 * (28 - 48 * x + 21 * x**2)
 
 
+@dataclass(frozen=True)
+class Shells:
+    """Neighbours are the nearest whole shells of atoms, counted from 1; how far away they are does not matter.
+
+    A shell ends where the next atom is more than `tolerance` further away. The first one is kept whatever its size, the
+    others as long as there are at most `most` neighbours in all. An atom may have a neighbour that does not have it.
+
+    Args:
+        most: neighbours of an atom.
+        radius: in Å, of the sphere in which they are looked for.
+        tolerance: in Å.
+        whole: otherwise exactly the nearest `most` are kept; which atoms of the last shell these are is up to rounding.
+    """
+
+    most: int = 24
+    radius: float = 18.0
+    tolerance: float = 1e-2
+    whole: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.most <= 1000:
+            raise InputError(f"{self.most} neighbours make no sense: choose between 12 and 48")
+        if not 0 < self.radius < 100:
+            raise InputError(f"a radius of {self.radius} Å makes no sense: choose one between 6 and 18 Å")
+        if not 0 <= self.tolerance <= 1:
+            raise InputError(f"a tolerance of {self.tolerance} Å makes no sense: choose one below 0.1 Å")
+
+    def search(self, skin: float = 0.0) -> NeighborList:
+        """A search to be kept between calls of `neighbors`; see `Cutoff.search`."""
+        return Cutoff(self.radius).search(skin)
+
+    def neighbors(self, atoms: ase.Atoms, search: NeighborList | None = None) -> Neighbors:
+        """All directed edges of one structure, with their shells.
+
+        Raises `InputError` for structures in which no neighbours can be searched.
+        """
+        radius = self.radius if search is not None else min(FIRST_LOOK * (2 * self.most) ** (1 / 3), self.radius)
+        while True:  # nearly always a small sphere tells; the whole one can have a hundred times as many atoms
+            found, complete = self._nearest(atoms, Cutoff(radius).neighbors(atoms, search))
+            if complete or radius == self.radius:
+                return found
+            radius = min(1.5 * radius, self.radius)
+
+    def envelope(self, lengths: Tensor) -> Tensor:
+        """Weights of bonds for heads that look at them: (n_edges,)."""
+        return Cutoff(self.radius).envelope(lengths)
+
+    def _nearest(self, atoms: ase.Atoms, found: Neighbors) -> tuple[Neighbors, bool]:
+        """The nearest shells of what was found, and whether atoms further away could not change them."""
+        lengths = found.lengths(atoms)
+        order = np.lexsort((lengths, found.receivers))
+        receivers, lengths = found.receivers[order], lengths[order]
+        first = np.searchsorted(receivers, receivers)  # (n_edges,), where the edges of the receiver begin
+        rank = np.arange(len(order)) - first
+        begins = (np.diff(lengths, prepend=0.0) > self.tolerance) | (rank == 0)
+        total = np.cumsum(begins)  # of all shells up to here
+        shells = total - total[first] + 1
+
+        last = np.searchsorted(total, total, side="right") - 1 - first  # (n_edges,), rank of the last of the shell
+        kept = (last < self.most) | (shells == 1) if self.whole else rank < self.most
+        beyond = (rank >= self.most) & (shells > 1)
+        complete = len(np.unique(receivers[beyond])) == len(atoms)
+        chosen = order[kept]
+        nearest = Neighbors(receivers[kept], found.senders[chosen], found.shifts[chosen], shells[kept])
+        return nearest, complete
+
+
 @lru_cache(maxsize=16)
 def _own_search(edges: Cutoff, thread: int) -> NeighborList:
     """A search of one thread, kept with its memory: to allocate it each time costs a tenth of the search."""
@@ -175,7 +252,7 @@ def _own_search(edges: Cutoff, thread: int) -> NeighborList:
 
 def to_graph(
     structures: Sequence[ase.Atoms],
-    edges: Cutoff,
+    edges: Cutoff | Shells,
     inputs: Sequence[Mapping[str, np.ndarray]] = (),
     known: Sequence[Neighbors] = (),
 ) -> AtomGraph:
@@ -205,11 +282,12 @@ def to_graph(
         senders=torch.from_numpy(senders),
         receivers=torch.from_numpy(receivers),
         cell_shifts=torch.from_numpy(shifts),
+        shells=torch.from_numpy(np.concatenate([one.shells for one in found]).astype(np.int64)),
         inputs=_joined_inputs(inputs, counts),
     )
 
 
-def to_batch(samples: Sequence[Sample], edges: Cutoff, known: Sequence[Neighbors] = ()) -> Batch:
+def to_batch(samples: Sequence[Sample], edges: Cutoff | Shells, known: Sequence[Neighbors] = ()) -> Batch:
     """Put samples side by side; what is to be learned stays in double precision."""
     graph = to_graph([s.atoms for s in samples], edges, [s.inputs for s in samples], known)
     names = samples[0].targets

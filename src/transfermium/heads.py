@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .backbones.base import Features
 from .errors import InputError
 from .graph import AtomGraph, Sample, is_isolated_atom
-from .nn import LAST_ELEMENT, mlp
+from .nn import LAST_ELEMENT, mlp, weighted_mean
 
 
 class Head(nn.Module):
@@ -213,14 +215,142 @@ class TensorHead(Head):
             self.scale.fill_(rms(labels - float(self.shift) * np.eye(3), labels))
 
 
+class CompositionHead(Head):
+    """One number per structure, by attention over its atoms that knows the composition (CGAT's, arXiv:2303.03000).
+
+    An intensive property; an extensive one is that of an atom times their number. With a width of 128 the residual
+    network has the published layers of 1024, 1024, 512, 512, 256, 256 and 128.
+
+    Args:
+        kind: "intensive" or "extensive".
+        heads: of the attention, side by side in what the residual network gets.
+        layers: widths of the residual network as multiples of `width`.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, width: int, kind: str = "intensive", heads: int = 5, layers: Sequence[int] = (8, 8, 4, 4, 2, 2, 1)
+    ):
+        super().__init__()
+        _one_of("kind", kind, ("intensive", "extensive"))
+        self.width = width
+        self.kind = kind
+        self.heads = heads
+        self.layers = tuple(layers)
+        self.composition = Composition(width)
+        self.score = mlp(2 * width, 2 * width, heads)
+        self.value = mlp(width, 2 * width, heads * width)
+        widths = [heads * width, *(factor * width for factor in layers)]
+        self.residual = nn.Sequential(*[ReZero(n_in, n_out) for n_in, n_out in pairwise(widths)])
+        self.readout = nn.Linear(widths[-1], 1)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        s, system = features.scalars, graph.system_idx
+        told = torch.cat([s, self.composition(graph).index_select(0, system)], dim=1)
+        values = self.value(s).unflatten(1, (self.heads, self.width))
+        scores = self.score(told).unsqueeze(2)
+        found = weighted_mean(values, scores, system, graph.n_systems).flatten(1)  # (n_systems, heads · width)
+        result = self.readout(self.residual(found)).squeeze(1).double() * self.scale + self.shift
+        return result * graph.atoms_per_system() if self.kind == "extensive" else result
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        """Shift and scale become mean and standard deviation (per atom for extensive properties)."""
+        sizes, labels = _sizes_and_labels(name, samples)
+        if self.kind == "extensive":
+            labels = labels / sizes
+        if len(labels):
+            self.shift.fill_(labels.mean())
+            self.scale.fill_(rms(labels - labels.mean(), labels))
+
+
+class Composition(nn.Module):
+    """What a structure is made of, without regard to where: Roost (arXiv:1910.00617), (n_systems, width).
+
+    The distinct elements of a structure are a fully connected graph, each heard by its fraction of the atoms.
+    """
+
+    def __init__(self, width: int, depth: int = 3):
+        super().__init__()
+        self.element = nn.Embedding(LAST_ELEMENT + 1, width)
+        self.fraction = nn.Linear(1, width, bias=False)
+        self.scores = nn.ModuleList([mlp(2 * width, 2 * width, 1) for _ in range(depth)])
+        self.messages = nn.ModuleList([mlp(2 * width, 2 * width, width) for _ in range(depth)])
+        self.score = mlp(width, 2 * width, 1)
+
+    def forward(self, graph: AtomGraph) -> Tensor:
+        key = graph.system_idx * (LAST_ELEMENT + 1) + graph.atomic_numbers
+        members, atoms = torch.unique(key, return_counts=True)  # an element in a structure each: (n_members,)
+        system, element = members // (LAST_ELEMENT + 1), members % (LAST_ELEMENT + 1)
+        total = graph.atoms_per_system().index_select(0, system)
+        fraction = (atoms.to(self.fraction.weight.dtype) / total).unsqueeze(1)
+
+        receivers, senders = _pairs(system, graph.n_systems)
+        heard = fraction.index_select(0, senders)
+        x = self.element(element) + self.fraction(fraction)
+        for score, message in zip(self.scores, self.messages, strict=True):
+            pair = torch.cat([x.index_select(0, receivers), x.index_select(0, senders)], dim=1)
+            x = x + weighted_mean(message(pair), score(pair), receivers, len(x), heard)
+        return weighted_mean(x, self.score(x), system, graph.n_systems, fraction)
+
+
+class ReZero(nn.Module):
+    """A layer that starts as the identity, or as a linear map to another width (arXiv:2003.04887)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.layer = nn.Linear(n_in, n_out)
+        self.skip = nn.Identity() if n_in == n_out else nn.Linear(n_in, n_out, bias=False)
+        self.strength = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.strength * F.silu(self.layer(x))
+
+
+class DeviationHead(Head):
+    """How far labels are expected to lie from another output, as a standard deviation in their unit.
+
+    Args:
+        kind: of that output: "intensive", "extensive" (grows with the number of atoms) or "per-atom".
+    """
+
+    scale: Tensor
+
+    def __init__(self, width: int, kind: str = "intensive"):
+        super().__init__()
+        _one_of("kind", kind, ("intensive", "extensive", "per-atom"))
+        self.width = width
+        self.kind = kind
+        self.per_atom = kind == "per-atom"
+        self.readout = mlp(width, width, 1)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        log = self.readout(features.scalars).double()
+        if not self.per_atom:
+            log = pooled(log, graph)
+        deviation = torch.exp(6 * torch.tanh(log.squeeze(1) / 6)) * self.scale  # never nothing, not even by heart
+        return deviation * graph.atoms_per_system() if self.kind == "extensive" else deviation
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        """The scale is the standard deviation of the labels (per atom for extensive properties)."""
+        labels = values(name, samples)
+        if self.kind == "extensive":
+            sizes, labels = _sizes_and_labels(name, samples)
+            labels = labels / sizes
+        if len(labels):
+            self.scale.fill_(rms(labels - labels.mean(), labels))
+
+
 def pooled(per_atom: Tensor, graph: AtomGraph, score: Tensor | None = None) -> Tensor:
     """Mean over the atoms of each structure, or the attention-weighted mean for `score` (n_atoms, 1)."""
     if score is None:
         counts = graph.atoms_per_system().clamp(min=1).to(per_atom.dtype)
         return graph.sum_over_systems(per_atom) / counts.view(-1, *[1] * (per_atom.dim() - 1))
-    weights = torch.exp(10 * torch.tanh(score / 10))  # bounded: attention never overflows
-    total = graph.sum_over_systems(weights).clamp(min=1e-12)
-    return graph.sum_over_systems(per_atom * weights) / total
+    return weighted_mean(per_atom, score, graph.system_idx, graph.n_systems)
 
 
 def fit_references(
@@ -314,6 +444,17 @@ def rms(x: np.ndarray, differences_of: np.ndarray | float = 0.0) -> float:
     nothing = 1e-12 * max(1.0, float(np.abs(differences_of).max(initial=0.0)))
     rms = float(np.sqrt(np.mean(np.square(x)))) if np.size(x) else 0.0
     return rms if rms > nothing else 1.0
+
+
+def _pairs(system: Tensor, n_systems: int) -> tuple[Tensor, Tensor]:
+    """Receivers and senders of all ordered pairs, oneself included, of members that follow each other by system."""
+    sizes = torch.bincount(system, minlength=n_systems)
+    partners = sizes.index_select(0, system)  # (n_members,)
+    receivers = torch.repeat_interleave(partners)
+    place = torch.arange(len(receivers), device=system.device)
+    begins = (partners.cumsum(0) - partners).index_select(0, receivers)  # where the pairs of the receiver begin
+    first = (sizes.cumsum(0) - sizes).index_select(0, system).index_select(0, receivers)
+    return receivers, first + place - begins
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -65,6 +65,12 @@ class Model(nn.Module):
         for name, derivative in self.derivatives.items():
             if derivative.of not in self.heads:
                 raise InputError(f"output '{name}' derives '{derivative.of}', which is not a head of this model")
+        if self.derivatives and "derivatives" not in backbone.laws:
+            name, derived = type(backbone).__name__, " and ".join(self.derivatives)
+            raise InputError(
+                f"{name} is not smooth in the positions, so its outputs have no derivatives for {derived}: give the "
+                "objective conservative=False, or choose another backbone"
+            )
         self.card: dict[str, Any] = dict(card or {})
 
         needs = frozenset().union(*(head.needs for head in self._heads().values()))
@@ -126,6 +132,10 @@ class Model(nn.Module):
         with torch.random.fork_rng(devices=[]):
             model = Model(self.backbone, outputs, {**self.card, **parts[name]["card"]})
         del model.card["parts"]
+        metrics, start = model.card.get("metrics", {}), f"{name} "
+        if "validation" in metrics:
+            errors = {k.removeprefix(start): v for k, v in metrics["validation"].items() if k.startswith(start)}
+            model.card["metrics"] = {**metrics, "validation": errors}
         if model.bond_vectors is not None:
             model.bond_vectors = self.bond_vectors
         return model.train(self.training)
@@ -222,15 +232,15 @@ def load(path: str | Path) -> Model:
 
     Raises `InputError` for files that are not models, or whose classes are not imported here.
     """
-    if path in SHIPPED:
+    if isinstance(path, str) and path in SHIPPED:
         if Path(path).exists():
             raise InputError(
                 f"{path} is here, and a model of that name ships with the package: write ./{path}, or rename"
             )
-        path = SHIPPED[str(path)]
+        path = SHIPPED[path]
     if Path(path).is_dir():  # a run folder
         path = Path(path) / "model.safetensors"
-    if not Path(path).exists() and not Path(path).suffix:
+    if isinstance(path, str) and SHIPPED and not Path(path).suffix and not Path(path).exists():
         raise InputError(f"there is no file {path}, and what ships with the package is {', '.join(SHIPPED)}")
     tensors, metadata = read_tensors(path)
     try:
@@ -268,11 +278,15 @@ def described(thing: Any) -> dict[str, Any]:
 def asked(thing: Any) -> dict[str, Any]:
     """The constructor arguments of an object that are not at their defaults."""
     usual = {name: one.default for name, one in inspect.signature(type(thing)).parameters.items()}
-    return {name: value for name in usual if not _same(value := getattr(thing, name), usual[name])}
+    given = described(thing)["arguments"]
+    return {name: getattr(thing, name) for name, value in given.items() if not _same(value, usual[name])}
 
 
 def _same(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and bool(value == default)
+    one, other = (list(x) if isinstance(x, tuple) else x for x in (value, default))
+    if type(one) in (int, float) and type(other) in (int, float):
+        return bool(one == other)
+    return type(one) is type(other) and repr(one) == repr(other)
 
 
 def _plain(value: Any) -> Any:

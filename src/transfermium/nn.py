@@ -28,6 +28,21 @@ def plus(x: Tensor, more: Tensor | None) -> Tensor:
     return x if more is None else x + more
 
 
+def weighted_mean(values: Tensor, scores: Tensor, index: Tensor, n: int, prior: Tensor | None = None) -> Tensor:
+    """Attention: the mean of the rows that share an index, weighted by exp(scores) and `prior`, (n, ...).
+
+    Scores are bounded to ±10, so that no weight overflows; an index without rows has a mean of zero.
+    """
+    weights = torch.exp(10 * torch.tanh(scores / 10))
+    if prior is not None:
+        weights = weights * prior
+
+    def total(rows: Tensor) -> Tensor:
+        return rows.new_zeros((n, *rows.shape[1:])).index_add(0, index, rows)
+
+    return total(values * weights) / total(weights).clamp(min=1e-12)
+
+
 class NodeInputs(nn.Module):
     """Who each atom is: its element, plus named inputs of the graph that start without any effect.
 

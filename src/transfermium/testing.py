@@ -45,10 +45,10 @@ def check_backbone(backbone: Backbone) -> None:
     _hold(backbone, [features_have_their_shapes], backbone)
 
     width = backbone.width
+    derivatives: dict[str, Output] = {"forces": Gradient("energy"), "stress": Strain("energy")}
     outputs: dict[str, Output] = {
         "energy": EnergyHead(width),
-        "forces": Gradient("energy"),
-        "stress": Strain("energy"),
+        **(derivatives if "derivatives" in backbone.laws else {}),
         "mean": ScalarHead(width),
         "attention": ScalarHead(width, "attention"),
         "sum": ScalarHead(width, "sum"),

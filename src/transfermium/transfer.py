@@ -77,6 +77,7 @@ def pretrain(
     settings = _train_config(config)
     _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
+    _check_together(backbone, objective)
     data = TrainingData(
         structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
     )
@@ -141,6 +142,7 @@ def finetune(
     _check_objective(objective)
     base = (base if isinstance(base, Model) else load(base)).whole(part, _names(objective))
     settings = _train_config(config, base.architecture()["dtype"])
+    _check_together(base.backbone, objective)
     data = TrainingData(
         structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
     )
@@ -271,6 +273,12 @@ def _names(objective: Objective) -> list[str]:
 def _check_objective(objective: Any) -> None:
     if not isinstance(objective, Objective):
         raise InputError(f"the objective is {objective!r}, but must be one such as Potential() or Property('band_gap')")
+
+
+def _check_together(backbone: Backbone, objective: Objective) -> None:
+    """Refuse, before anything is read, an objective that wants what the backbone cannot give."""
+    with torch.random.fork_rng(devices=[]):
+        Model(told(backbone, objective), objective.outputs(backbone.width))
 
 
 def _train_config(options: Mapping[str, Any], dtype: Literal["float32", "float64"] = "float32") -> TrainConfig:

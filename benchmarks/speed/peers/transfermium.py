@@ -42,6 +42,7 @@ class Peer:
             senders=torch.cat([graph.senders + start for graph, start in zip(graphs, starts, strict=True)]),
             receivers=torch.cat([graph.receivers + start for graph, start in zip(graphs, starts, strict=True)]),
             cell_shifts=torch.cat([graph.cell_shifts for graph in graphs]),
+            shells=torch.cat([graph.shells for graph in graphs]),
             inputs={},
         )
         return joined.to("cpu", torch.float32)

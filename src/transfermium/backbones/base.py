@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ..graph import AtomGraph, Cutoff
+from ..graph import AtomGraph, Cutoff, Shells
 
 
 class Edges(NamedTuple):
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
     laws: ClassVar[frozenset[str]] = frozenset({"rotation", "reflection", "smooth", "derivatives"})
 
     width: int
-    edges: Cutoff
+    edges: Cutoff | Shells
 
     def forward(self, graph: AtomGraph) -> Features:
         raise NotImplementedError

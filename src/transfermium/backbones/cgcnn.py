@@ -31,6 +31,8 @@ class CGCNN(Backbone):
         vector_inputs: names of vectors per atom that the model may be told, such as forces.
     """
 
+    edges: Cutoff
+
     def __init__(
         self,
         width: int = 150,

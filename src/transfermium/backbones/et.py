@@ -38,6 +38,8 @@ class ET(Backbone):
 
     laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
 
+    edges: Cutoff
+
     def __init__(
         self,
         width: int = 64,

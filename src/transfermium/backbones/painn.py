@@ -30,6 +30,8 @@ class PaiNN(Backbone):
 
     laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
 
+    edges: Cutoff
+
     def __init__(
         self,
         width: int = 64,

@@ -34,6 +34,8 @@ class TensorNet(Backbone):
 
     laws: ClassVar[frozenset[str]] = Backbone.laws | {"vectors"}
 
+    edges: Cutoff
+
     def __init__(
         self,
         width: int = 64,

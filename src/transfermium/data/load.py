@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import InputError
-from ..graph import Batch, Cutoff, Neighbors, to_batch
+from ..graph import Batch, Cutoff, Neighbors, Shells, to_batch
 from ..objectives import Objective
 from .sequences import original
 
@@ -33,7 +33,7 @@ def rng_of(seed: int, kind: int, epoch: int, index: int) -> np.random.Generator:
 
 def count_edges(
     structures: Sequence[ase.Atoms],
-    edges: Cutoff,
+    edges: Cutoff | Shells,
     seen: Callable[[int], None] = lambda done: None,
     keep: Callable[[int, ase.Atoms, Neighbors], None] = lambda index, atoms, neighbors: None,
 ) -> np.ndarray:
@@ -113,7 +113,7 @@ class Batches(Dataset[Batch]):
         self,
         structures: Sequence[ase.Atoms],
         objective: Objective,
-        edges: Cutoff,
+        edges: Cutoff | Shells,
         seed: int,
         kind: int = TRAINING,
         memory: int = MEMORY,

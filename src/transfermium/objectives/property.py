@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from math import sqrt
+from typing import Any, Literal
 
 import ase
 import numpy as np
@@ -13,21 +14,26 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..graph import Batch, Sample
-from ..heads import AtomHead, ClassHead, ScalarHead, rms, values
-from ..model import Output
+from ..heads import AtomHead, ClassHead, CompositionHead, DeviationHead, Head, ScalarHead, rms, values
+from ..model import Output, copied
 from .base import Loss, Objective, Quantity, absolute_errors, label
 
 
 class Property(Objective):
     """A property called `name`, by mean absolute error (regression) or cross entropy (classification).
 
+    With `uncertainty` an output NAME_std learns the standard deviation σ of the errors, in the unit of the label, by
+    the robust loss √2 |y - t| / σ + ln(weight · σ), the likelihood of a Laplace distribution (arXiv:2303.03000).
+
     Args:
         name: of the label and of the output.
         kind: "intensive" (a mean over atoms: band gap), "extensive" (a sum: polarisability) or "per-atom" (charge).
         task: "regression" or "classification".
-        pooling: for intensive regression, "mean" or "attention".
+        pooling: for intensive regression, "mean" or "attention"; "composition" (intensive or extensive) is attention
+            that knows the composition, then a deep residual network, as in CGAT.
         classes: number of classes, labelled 0, 1, ..., or the words that label them, in order.
         weight: of the error in the label's own unit; None is one over its standard deviation in the training set.
+        uncertainty: of regression, learned too; errors then count by it, and `weight` only shifts the loss.
     """
 
     def __init__(
@@ -35,9 +41,10 @@ class Property(Objective):
         name: str,
         kind: Literal["intensive", "extensive", "per-atom"] = "intensive",
         task: Literal["regression", "classification"] = "regression",
-        pooling: Literal["mean", "attention"] = "mean",
+        pooling: Literal["mean", "attention", "composition"] = "mean",
         classes: int | list[str] = 2,
         weight: float | None = None,
+        uncertainty: bool = False,
     ):
         if kind not in ("intensive", "extensive", "per-atom"):
             raise InputError(f"kind is '{kind}', but must be one of intensive, extensive, per-atom")
@@ -45,6 +52,12 @@ class Property(Objective):
             raise InputError(f"task is '{task}', but must be one of regression, classification")
         if task == "classification" and kind == "extensive":
             raise InputError("a class cannot be extensive: choose kind='intensive' or 'per-atom'")
+        if pooling == "composition" and (kind == "per-atom" or task == "classification"):
+            raise InputError("pooling='composition' gives one number per structure, not classes or numbers per atom")
+        if uncertainty and task == "classification":
+            raise InputError("classes have probabilities instead of an uncertainty: leave uncertainty out")
+        if uncertainty and weight is not None and not 0 < weight < np.inf:
+            raise InputError(f"the weight is {weight}, but must be above zero where an uncertainty is learned")
         if not name.isidentifier():
             raise InputError(
                 f"'{name}' cannot name a property: use letters, digits and _, and --label {{name}}=KEY for the key"
@@ -55,20 +68,42 @@ class Property(Objective):
         self.pooling = pooling
         self.classes = classes
         self.weight = weight
+        self.uncertainty = uncertainty
 
     def outputs(self, width: int) -> dict[str, Output]:
+        deviation: dict[str, Output] = {self.deviation: DeviationHead(width, self.kind)} if self.uncertainty else {}
+        return {self.name: self._head(width), **deviation}
+
+    def _head(self, width: int) -> Head:
         classes = self.n_classes if self.task == "classification" else 0
         if self.kind == "per-atom":
-            return {self.name: AtomHead(width, classes)}
+            return AtomHead(width, classes)
         if classes:
-            return {self.name: ClassHead(width, classes)}
-        return {self.name: ScalarHead(width, "sum" if self.kind == "extensive" else self.pooling)}
+            return ClassHead(width, classes)
+        if self.pooling == "composition":
+            return CompositionHead(width, self.kind)
+        return ScalarHead(width, "sum" if self.kind == "extensive" else self.pooling)
+
+    @property
+    def deviation(self) -> str:
+        """The output that holds the uncertainty, where there is one."""
+        return f"{self.name}_std"
 
     def labels(self) -> dict[str, bool]:
         return {self.name: True}
 
     def quantities(self) -> dict[str, Quantity]:
-        return {self.name: Quantity(self.name, "")}
+        return {name: Quantity(name, "") for name in self._names}
+
+    def calibration(self, name: str, samples: Sequence[Sample]) -> tuple[str, Sequence[Sample]]:
+        return self.name, samples
+
+    def wanted(self, targets: Mapping[str, Any]) -> list[str]:
+        return self._names if self.name in targets else []
+
+    @property
+    def _names(self) -> list[str]:
+        return [self.name, self.deviation] if self.uncertainty else [self.name]
 
     def settled(self, samples: Sequence[Sample]) -> Property:
         found = values(self.name, samples)
@@ -86,7 +121,8 @@ class Property(Objective):
         weight = 1.0
         if self.task == "regression" and len(found):
             weight = 1 / rms(found - found.mean(), found)
-        return Property(self.name, self.kind, self.task, self.pooling, self.classes, weight)
+        settled: Property = copied(self, weight=weight)
+        return settled
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         rows = len(atoms) if self.kind == "per-atom" else 1
@@ -110,8 +146,19 @@ class Property(Objective):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
         output, target = outputs[self.name], batch.targets[self.name]
         weight = 1.0 if self.weight is None else self.weight
+        if self.uncertainty:
+            return {self.name: _robust(output, outputs[self.deviation], target, weight)}
         if self.task == "regression":
             return {self.name: absolute_errors(output, target, weight)}
         present = torch.isfinite(target)
         entropy = F.cross_entropy(output[present], target[present].long(), reduction="sum")
         return {self.name: (weight * entropy.double(), present.sum())}
+
+
+def _robust(output: Tensor, deviation: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Sum of √2 |y - t| / σ + ln(weight · σ) over labels, and their count."""
+    present = torch.isfinite(target)
+    errors = torch.where(present, output.double() - target, 0.0).abs()
+    sigma = torch.where(present, deviation.double(), 1.0).clamp(min=1e-12)  # nothing in a structure without atoms
+    losses = sqrt(2) * errors / sigma + torch.log(weight * sigma)
+    return torch.where(present, losses, 0.0).sum(), present.sum()
