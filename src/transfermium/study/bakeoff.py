@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def bakeoff(
 
     Every arm pre-trains for the same processor time on the same materials, then fine-tunes for the same processor time
     on the same labels with the same settings. "scratch" skips the first stage; "scratch_long" spends its time on
-    fine-tuning instead. The learning rate of fine-tuning is chosen once per arm and backbone, by the validation labels
-    of the first target. Pre-training structures that match a test structure are left out.
+    fine-tuning instead. The learning rate of fine-tuning is chosen once per arm, backbone and target, by the validation
+    labels of the first seed. Pre-training structures that match a test structure are left out.
 
     Args:
         structures: to pre-train on; noise is learned on the frame of each material that is nearest to equilibrium. Of
@@ -90,35 +91,29 @@ def bakeoff(
         if isinstance(structures, Mapping)
         else {"": read(structures)}
     )
-    own = (
-        {name: arm.structures for name, arm in arms.items() if isinstance(arm, Arm)}
-        if isinstance(arms, Mapping)
-        else {}
-    )
+    own = {name: arm for name, arm in arms.items() if isinstance(arm, Arm)} if isinstance(arms, Mapping) else {}
     plan = Plan(levels, own, targets, out, label or {}, unit or {}, sizes, quiet)
     objectives = plan.objectives(arms)
     settings = {"pretraining": pretraining, "tuning": tuning, "edges": edges}
 
     if not quiet:
         console.print(
-            _price(objectives, len(backbones), seeds, sum(map(len, plan.sizes.values())), len(rates), settings)
+            _price(objectives, len(backbones), seeds, list(map(len, plan.sizes.values())), len(rates), settings)
         )
 
-    def cells(wanted: Iterable[tuple[str, str, str, int, int, float]]) -> list[Cell]:
+    def cells(wanted: Iterable[tuple[Any, ...]]) -> list[Cell]:
         return [plan.cell(objectives, backbones, settings, *each) for each in wanted]
 
-    first, largest = next(iter(targets)), plan.sizes[next(iter(targets))][-1]
-    search = [(first, b, arm, largest, 0, rate) for b in backbones for arm in objectives for rate in rates]
-    found = dict(run(cells(search), out, executor=executor, workers=workers, quiet=quiet))
-    chosen: dict[tuple[str, str], float] = {}
-    for backbone in backbones:
-        for arm in objectives:
-            tried = cells((first, backbone, arm, largest, 0, rate) for rate in rates)
-            losses = [_or_infinite(found[cell]["validation loss"]) for cell in tried]
-            chosen[backbone, arm] = rates[int(np.argmin(losses))]
+    cases = [(target, backbone, arm) for backbone in backbones for target in targets for arm in objectives]
+    search = {case: cells((*case, plan.sizes[case[0]][-1], 0, rate) for rate in rates) for case in cases}
+    found = dict(run(chain(*search.values()), out, executor=executor, workers=workers, quiet=quiet))
+    chosen = {}
+    for case, tried in search.items():
+        losses = [_or_infinite(found[cell]["validation loss"]) for cell in tried]
+        chosen[case] = rates[int(np.argmin(losses))]
 
     grid = [
-        (target, backbone, arm, size, seed, chosen[backbone, arm])
+        (target, backbone, arm, size, seed, chosen[target, backbone, arm])
         for backbone in backbones
         for seed in range(seeds)
         for target in targets
@@ -131,7 +126,8 @@ def bakeoff(
         "settings": {**settings, "valid fraction": VALID, "rates": list(rates), "seeds": seeds},
         "arms": {name: None if objective is None else described(objective) for name, objective in objectives.items()},
         "backbones": {name: described(backbone) for name, backbone in backbones.items()},
-        "rates": [{"backbone": b, "arm": a, "lr": rate} for (b, a), rate in chosen.items()],
+        "rates": [{"target": t, "backbone": b, "arm": a, "lr": rate} for (t, b, a), rate in chosen.items()],
+        "own structures": plan.own_counts,
         "leaks": plan.leaks,
         "runs": [{k: v for k, v in one.items() if k not in ("errors", "materials")} for one in runs],
         "comparisons": comparisons(runs),
@@ -152,14 +148,14 @@ def _price(
     objectives: Mapping[str, Objective | None],
     backbones: int,
     seeds: int,
-    cases: int,
+    sizes: Sequence[int],
     rates: int,
     settings: Mapping[str, Any],
 ) -> str:
     """How many cells there are, and how long they take."""
     first, second = parse_time(settings["pretraining"]), parse_time(settings["tuning"])
     bases = backbones * seeds * sum(objective is not None for objective in objectives.values())
-    tunings = backbones * (seeds * cases + rates - 1)  # of each arm: the search has one of the grid's
+    tunings = backbones * (seeds * sum(sizes) + (rates - 1) * len(sizes))  # the search has one of the grid's
     seconds = bases * first + tunings * (len(objectives) * second + (LONG in objectives) * first)
     cells = f"{bases} pre-trainings and {tunings * len(objectives)} fine-tunings"
     return f"{cells}: {seconds / 3600:.2g} hours of processor time"

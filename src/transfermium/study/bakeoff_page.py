@@ -38,9 +38,11 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
         f"nearest to equilibrium), and fine-tuned for {settings['tuning']}, in batches of at most {settings['edges']} "
         f"edges. {SCRATCH} skips pre-training, {LONG} spends its time on fine-tuning. "
         f"{settings['valid fraction']:.0%} of the labels choose the checkpoint and are counted. The learning rate of "
-        f"fine-tuning was chosen once for each arm and backbone among {rates}, by the validation loss on the first "
-        f"target with seed 0. Structures to pre-train on that match a test structure were left out: {result['leaks']}."
+        f"fine-tuning was chosen once for each arm, backbone and target among {rates}, by the validation loss with "
+        f"seed 0. Structures to pre-train on that match a test structure were left out: {result['leaks']}."
     )
+    for arm, text in result["own structures"].items():
+        page.text(f"{arm} was pre-trained on other materials than the rest: {text}.")
     page.table(result["rates"], "Learning rates that were chosen")
     return page.numbers(result)
 

@@ -62,7 +62,7 @@ class Plan:
     def __init__(
         self,
         levels: Mapping[str, Sequence[Atoms]],
-        own: Mapping[str, Source],
+        own: Mapping[str, Arm],
         targets: Mapping[str, Target],
         out: Path,
         label: Mapping[str, str],
@@ -103,7 +103,8 @@ class Plan:
             self.levels[name] = self._packed(f"pretraining{name and '-'}{name}", kept)
         relaxed = Joined(near) if len(near) > 1 else near[0]
         self.relaxed = self._packed("relaxed", relaxed)
-        self.own = {name: self._own(name, source, held_out, quiet) for name, source in own.items()}
+        self.own_counts: dict[str, str] = {}
+        self.own = {name: self._own(name, arm, held_out, quiet) for name, arm in own.items()}
         self.counts = {"structures": sum(len(kept) for kept, _ in divided.values()), "relaxed": len(relaxed)}
         if not quiet:
             for text in Denoise().warnings(
@@ -115,12 +116,16 @@ class Plan:
                 f"Pre-training on {counts['structures']} structures, {counts['relaxed']} for noise; {self.leaks}"
             )
 
-    def _own(self, name: str, source: Source, held_out: Sequence[Atoms], quiet: bool) -> str:
-        """Structures of one arm alone, without what matches a test structure."""
-        everything = read(source)
+    def _own(self, name: str, arm: Arm, held_out: Sequence[Atoms], quiet: bool) -> str:
+        """Structures of one arm alone, all that match no test structure."""
+        everything = read(arm.structures)
         kept, found = without(everything, held_out, quiet=quiet)
+        self.own_counts[name] = f"{len(kept)} structures of its own; {summary(found, len(everything))}"
         if not quiet:
-            console.print(f"{name} on {len(kept)} structures of its own; {summary(found, len(everything))}")
+            console.print(f"{name}: {self.own_counts[name]}")
+            some = np.unique(np.linspace(0, len(kept) - 1, 500).astype(int))
+            for text in arm.objective.warnings([kept[int(i)] for i in some] if len(kept) else []):
+                console.print(f"[yellow]{name}: {text}[/yellow]")
         if not len(kept):
             raise InputError(f"every structure of the arm {name} is also in a test set: there is nothing to learn from")
         return self._packed(f"own-{name}", kept)
