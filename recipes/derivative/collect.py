@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from run import RATES
 
 import transfermium as tm
 
@@ -29,17 +30,26 @@ machine = {
     "torch": torch.__version__,
     "transfermium": tm.__version__,
 }
-files = sorted(cells.glob("tuned-*/result.json"))
-found = [(json.loads(file.read_text())["result"], file.stat().st_mtime) for file in files]
-found = [(run, date) for run, date in found if "target" in run]  # others diverged, and were never chosen
-found.sort(key=lambda one: [str(one[0][k]) for k in ("target", "backbone", "n_train", "seed", "arm", "lr")])
+IDENTITY = ("target", "backbone", "n_train", "seed", "arm", "lr")
+
+found = {}
+for file in sorted(cells.glob("tuned-*/result.json")):
+    cell = json.loads(file.read_text())
+    run = cell["result"]
+    if run["lr"] not in RATES or "target" not in run:  # of another search; or it diverged, and was never chosen
+        continue
+    key = tuple(str(run[name]) for name in IDENTITY)
+    if key in found:
+        raise SystemExit(f"{file.parent} and {found[key][1].parent} are the same run with other settings: keep one")
+    run |= {"tuning": cell["arguments"]["time"], "edges": cell["arguments"]["edges"]}
+    found[key] = run, file
 
 rows, errors, materials = [], defaultdict(list), {}
-for run, date in found:
+for run, file in (found[key] for key in sorted(found)):
     own = errors[run["target"]]
     own.append(run.pop("errors"))
     materials[run["target"]] = run.pop("materials")
-    when = datetime.date.fromtimestamp(date).isoformat()
+    when = datetime.date.fromtimestamp(file.stat().st_mtime).isoformat()
     rows.append({**run, "row": len(own) - 1, **machine, "date": when})
 
 (HERE / "results.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

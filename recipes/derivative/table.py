@@ -1,0 +1,102 @@
+"""What results.json says, as tables for the README and a figure.
+
+python recipes/derivative/table.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from run import RATES
+
+from transfermium.report import forest
+from transfermium.study.bakeoff_page import panels
+from transfermium.study.ranking import answers, comparisons, verdict
+
+HERE = Path(__file__).parent
+
+
+def chosen_runs() -> list[dict]:
+    """Every run at the learning rate that its arm chose on its target, which takes the whole search, with its errors."""
+    rows = json.loads((HERE / "results.json").read_text())
+    arrays = np.load(HERE / "errors.npz")
+    search: dict[tuple, dict[float, float]] = {}
+    for row in rows:
+        if row["seed"] == 0:
+            loss = row["validation loss"]
+            search.setdefault(case(row), {})[row["lr"]] = np.inf if loss is None else loss
+    rates = {key: min(tried, key=tried.__getitem__) for key, tried in search.items() if tried.keys() == set(RATES)}
+    return [
+        {
+            **row,
+            "errors": arrays[row["target"]][row["row"]].astype(float).tolist(),
+            "materials": arrays[f"{row['target']} materials"].tolist(),
+        }
+        for row in rows
+        if row["lr"] == rates.get(case(row))
+    ]
+
+
+def case(row: dict) -> tuple[str, str, str]:
+    return row["target"], row["backbone"], row["arm"]
+
+
+def complete(runs: list[dict]) -> list[dict]:
+    """The targets that all arms of a backbone have, and of their seeds those that all these targets have."""
+    kept = []
+    for backbone in dict.fromkeys(run["backbone"] for run in runs):
+        here = [run for run in runs if run["backbone"] == backbone]
+        cells = [
+            {(run["target"], run["seed"]) for run in here if run["arm"] == arm} for arm in {r["arm"] for r in here}
+        ]
+        shared = set.intersection(*cells)
+        targets = {target for target, seed in shared if seed == 0}
+        seeds = {seed for _, seed in shared if all((target, seed) in shared for target in targets)}
+        kept += [run for run in here if run["target"] in targets and run["seed"] in seeds]
+    return kept
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    runs = complete(chosen_runs())
+    if not runs:
+        raise SystemExit("no target has been finished by every arm yet")
+    compared, answered = comparisons(runs), answers(runs)
+    for backbone in dict.fromkeys(run["backbone"] for run in runs):
+        here = [one for one in compared if one["backbone"] == backbone]
+        print(f"\n{backbone}\n")
+        rows = []
+        for arm in dict.fromkeys(one["arm"] for one in here):
+            row = {"arm": f"`{arm}`"}
+            for one in (one for one in here if one["arm"] == arm):
+                mark = "**" if one.get("clear") else ""
+                ratio = f" ({mark}{one['ratio']:.2f}{mark})" if "ratio" in one else ""
+                row[f"{one['target']} {one['unit']}".strip()] = f"{one['mae']:.3g}{ratio}"
+            rows.append(row)
+        print(markdown(rows))
+    print()
+    print(
+        markdown(
+            [
+                {
+                    "question": one["question"],
+                    "backbone": one["backbone"],
+                    "answer": one["answer"],
+                    "ratio of errors": f"{one['ratio']:.3f} ({one['low']:.3f} to {one['high']:.3f})",
+                }
+                for one in answered
+            ]
+        )
+    )
+    print("\n" + verdict(answered))
+    backbones = {run["backbone"] for run in runs}
+    figure = forest(panels({"comparisons": compared, "backbones": backbones}))
+    figure.savefig(HERE.parents[1] / "docs/images/derivative.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
