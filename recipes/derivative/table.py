@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def chosen_runs() -> list[dict]:
-    """Every run at the learning rate that its arm chose on its target, which takes the whole search, with its errors."""
+    """Every run at the learning rate that its arm chose on its target (of a whole search), with its errors."""
     rows = json.loads((HERE / "results.json").read_text())
     arrays = np.load(HERE / "errors.npz")
     search: dict[tuple, dict[float, float]] = {}
