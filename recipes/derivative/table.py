@@ -57,6 +57,8 @@ def complete(runs: list[dict]) -> list[dict]:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
+    if not rows:
+        return ""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
