@@ -8,6 +8,7 @@ from .crystals import crystals
 from .data import PackedSet, leaks, pack, read
 from .errors import InputError
 from .evaluate import evaluate, predict
+from .features import features
 from .heads import (
     AtomHead,
     ClassHead,
@@ -55,6 +56,7 @@ __all__ = [
     "VectorHead",
     "crystals",
     "evaluate",
+    "features",
     "finetune",
     "leaks",
     "load",
