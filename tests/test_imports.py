@@ -18,7 +18,7 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
     {"model", "objectives"},
     {"data", "distributed", "run", "crystals"},
     {"train", "rehearsal", "dataset"},
-    {"transfer", "align", "card", "evaluate", "features", "calculator"},
+    {"transfer", "align", "card", "evaluate", "features", "probe", "calculator"},
     {"study", "doctor", "report", "simulate", "export", "demo", "testing"},
     {"transfermium"},  # the public names
     {"cli", "__main__"},

@@ -22,6 +22,7 @@ from .heads import (
 )
 from .model import Gradient, Model, Strain, load
 from .objectives import Denoise, Objective, Potential, Property, Together
+from .probe import ProbeHead
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
 
@@ -46,6 +47,7 @@ __all__ = [
     "PackedSet",
     "PaiNN",
     "Potential",
+    "ProbeHead",
     "Property",
     "ScalarHead",
     "Strain",

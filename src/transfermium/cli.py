@@ -303,6 +303,8 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
     parser.add_subclass_arguments(Objective, "objective", required=True, help="what to learn")
     if base:
         _part_argument(parser)
+        help = "full, head, probe, aligned or zero-shot: what changes"
+        parser.add_argument("--strategy", type=str, default="full", help=help)
         parser.add_argument("--align", type=bool, default=True, help="fit reference energies to the new labels first")
     else:
         help = "the architecture, TensorNet by default"

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ase
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import distributed
 from .data.read import Source, read
 from .errors import InputError
 from .evaluate import parts, shared, tell_unseen
 from .graph import to_graph
-from .model import Model, load
+from .model import SMOOTH, Model, load
 from .train import chosen_device
-
-Layers = dict[str, list[Tensor]]  # name of a layer to what it gave
 
 
 class FeatureTable(NamedTuple):
@@ -42,8 +39,7 @@ def features(
 ) -> FeatureTable:
     """What each layer of the backbone knows of structures: invariant under rotation and the order of atoms.
 
-    Layers are the element and what the structure says beside it, the blocks of each `nn.ModuleList` of the backbone,
-    and its final scalars. Of vectors and tensors (n_atoms, components, width) the norm over components is taken.
+    Layers are those of `Model.features`.
 
     Args:
         out: a .parquet or .csv file, with a column "structure" (and, of atoms, "atom") before the features.
@@ -65,10 +61,13 @@ def features(
     names: list[str] = []
 
     def work(members: list[int]) -> dict[int, list[np.ndarray]]:
-        found, sizes = _layers(model, [given[i] for i in members]), [len(given[i]) for i in members]
+        chosen = [given[i] for i in members]
+        found = layers_of(model, chosen)
         names[:] = [f"{layer} {k}" for layer, values in found.items() for k in range(values.shape[1])]
         joined = torch.cat(list(found.values()), dim=1).double().cpu().numpy()
-        return dict(zip(members, map(list, np.split(joined, np.cumsum(sizes)[:-1])), strict=True))
+        return dict(
+            zip(members, map(list, np.split(joined, np.cumsum([len(atoms) for atoms in chosen])[:-1])), strict=True)
+        )
 
     for some in shared(parts(model, given, edges), work, given, "features", not verbose):
         rows |= some
@@ -76,7 +75,7 @@ def features(
     if per_atom:
         table = FeatureTable(names, np.concatenate(atoms))
     else:
-        means, spreads = ([statistic(own, axis=0) for own in atoms] for statistic in (np.mean, np.std))
+        means, spreads = [own.mean(axis=0) for own in atoms], [np.sqrt(own.var(axis=0) + SMOOTH) for own in atoms]
         both = [f"{statistic} {name}" for statistic in ("mean", "std") for name in names]
         table = FeatureTable(both, np.concatenate([means, spreads], axis=1))
     if out is not None and distributed.rank() == 0:
@@ -85,51 +84,13 @@ def features(
 
 
 @torch.no_grad()
-def _layers(model: Model, structures: Sequence[ase.Atoms]) -> dict[str, Tensor]:
-    """Invariant features of each layer: (n_atoms, some width)."""
-    graph = to_graph(structures, model.backbone.edges).to(
-        next(model.parameters()).device, next(model.parameters()).dtype
-    )
-    with _watched(model.backbone) as seen:
-        final = model.backbone(graph).scalars
-    found = {}
-    for name, given in [*seen.items(), ("final", [final])]:
-        own = [_invariant(x) for x in given if len(x) == graph.n_atoms and x.dim() in (2, 3)]
-        if own:
-            found[name] = torch.cat(own, dim=1)
+def layers_of(model: Model, structures: Sequence[ase.Atoms]) -> dict[str, Tensor]:
+    """Invariants of each layer: (n_atoms, some width)."""
+    weight = next(model.parameters())
+    graph = to_graph(structures, model.backbone.edges).to(weight.device, weight.dtype)
+    found = model.features(graph, ("layers",)).layers
+    assert found is not None
     return found
-
-
-def _invariant(x: Tensor) -> Tensor:
-    """Scalars as they are, norms of all else: (n_atoms, width)."""
-    if x.dim() == 2:
-        return x
-    return x.squeeze(1) if x.shape[1] == 1 else torch.linalg.vector_norm(x, dim=1)
-
-
-@contextmanager
-def _watched(backbone: nn.Module) -> Iterator[Layers]:
-    """What the layers of a backbone give while it is called."""
-    seen: Layers = {}
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def keep(module: nn.Module, arguments: Any, result: Any) -> None:
-            given = result if isinstance(result, tuple) else (result,)
-            seen[name] = [part for part in given if isinstance(part, Tensor)]
-
-        return module.register_forward_hook(keep)
-
-    handles = []
-    for name, child in backbone.named_children():
-        if isinstance(child, nn.ModuleList):
-            handles += [watch(f"{name} {k}", block) for k, block in enumerate(child)]
-        elif name == "node_inputs":
-            handles.append(watch("element", child))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _write(path: Path, table: FeatureTable, sizes: Sequence[int] | None) -> None:

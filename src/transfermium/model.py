@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .messages import EdgeFormula, Neighborhood, Radii, fixed_weights
 from .nn import Bessel, lengths_and_directions
 
 FORMAT = 1
+SMOOTH = 1e-4  # under roots, or features would have a kink where vectors vanish or all atoms are alike
 SHIPPED = {file.stem: file for file in sorted((Path(__file__).parent / "pretrained").glob("*.safetensors"))}
 
 
@@ -165,8 +166,18 @@ class Model(nn.Module):
         return output.per_atom if isinstance(output, Head) else isinstance(output, Gradient)
 
     def features(self, graph: AtomGraph, needs: Collection[str] = ("vectors", "edges")) -> Features:
-        """What the backbone sees, completed with what heads need."""
-        features = self.backbone(graph)
+        """What the backbone sees, completed with what heads need.
+
+        "layers" are the element and what the structure says beside it, the blocks of each `nn.ModuleList` of the
+        backbone, and its final scalars. Of vectors and tensors (n_atoms, components, width) norms are taken.
+        """
+        with _watched(self.backbone if "layers" in needs else None) as seen:
+            features = self.backbone(graph)
+        if "layers" in needs:
+            found = {name: [_invariant(x) for x in given if len(x) == graph.n_atoms] for name, given in seen.items()}
+            found["final"] = [features.scalars]
+            layers = {name: torch.cat(given, dim=1) for name, given in found.items() if given}
+            features = features._replace(layers=layers)
         bond_vectors = self.bond_vectors if features.vectors is None and "vectors" in needs else None
         if "edges" in needs:
             lengths, directions = lengths_and_directions(graph.edge_vectors())
@@ -378,6 +389,39 @@ BOND_VECTORS = EdgeFormula(
     filters=1,
     senders=(1,),
 )
+
+
+def _invariant(x: Tensor) -> Tensor:
+    """Scalars as they are, norms of all else: (n_atoms, width)."""
+    if x.dim() == 2:
+        return x
+    return x.squeeze(1) if x.shape[1] == 1 else torch.sqrt(x.square().sum(dim=1) + SMOOTH)
+
+
+@contextlib.contextmanager
+def _watched(backbone: Backbone | None) -> Iterator[dict[str, list[Tensor]]]:
+    """What the layers of a backbone give while it is called."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def keep(module: nn.Module, arguments: Any, result: Any) -> None:
+            given = result if isinstance(result, tuple) else (result,)
+            seen[name] = [x for x in given if isinstance(x, Tensor) and x.dim() in (2, 3)]
+
+        handles.append(module.register_forward_hook(keep))
+
+    for name, child in backbone.named_children() if backbone is not None else ():
+        if isinstance(child, nn.ModuleList):
+            for k, block in enumerate(child):
+                watch(f"{name} {k}", block)
+        elif name == "node_inputs":
+            watch("element", child)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _differentiable(graph: AtomGraph, kinds: Collection[type]) -> tuple[AtomGraph, dict[type, Tensor]]:

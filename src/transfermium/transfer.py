@@ -24,8 +24,9 @@ from .errors import InputError
 from .evaluate import without_elements
 from .graph import Sample
 from .model import Model, described, load
-from .objectives import Objective
+from .objectives import Objective, Property
 from .objectives.base import told
+from .probe import probed, told_of_probe
 from .rehearsal import rehearse
 from .run import claim, write_json
 from .train import Progress, TrainConfig, chosen_device, read_metrics, train
@@ -113,6 +114,7 @@ def finetune(
     *,
     out: str | Path | None = None,
     part: str | None = None,
+    strategy: str = "full",
     align: bool = True,
     valid: Source | Mapping[str, Source] | None = None,
     valid_fraction: float = 0.1,
@@ -133,6 +135,9 @@ def finetune(
     Args:
         base: a model or its file.
         part: which part of a base that learned several objectives, each with its own energy.
+        strategy: "full" trains everything; "head" the heads alone (`backbone_lr=0`); "probe" fits a ridge regression or
+            a Gaussian process to what the frozen backbone sees, in seconds (`transfermium.probe`); "aligned" only fits
+            references, and "zero-shot" does nothing but report errors.
         align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
         config: fields of `TrainConfig`; `backbone_lr` is the learning rate of the backbone: zero freezes it.
 
@@ -141,7 +146,8 @@ def finetune(
     distributed.join()
     _check_objective(objective)
     base = (base if isinstance(base, Model) else load(base)).whole(part, _names(objective))
-    settings = _train_config(config, base.architecture()["dtype"])
+    settings = _train_config(_with_strategy(strategy, objective, config), base.architecture()["dtype"])
+    align = align and strategy != "zero-shot"
     _check_together(base.backbone, objective)
     data = TrainingData(
         structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
@@ -149,6 +155,8 @@ def finetune(
 
     identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
     asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": _lasting(settings)}
+    if strategy != "full":
+        asked["strategy"] = strategy
     folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
     if finished is not None:
         return finished
@@ -158,13 +166,43 @@ def finetune(
     model, kept = _transferred(base, settled, samples, settings.seed)
     model.to(chosen_device(settings.device))
     report: dict[str, Any] = {"kept heads": kept}
-    if align and kept:
+    if isinstance(settled, Property) and strategy == "probe":
+        model, found = probed(model, settled, data.train, settings.edges)
+        report |= found
+        if verbose:
+            console.print(f"Probe: {told_of_probe(found)}")
+    elif align and kept:
         report |= align_references(model, settled, samples, base.card.get("quantities", {}), kept)
         if verbose:
             show_alignment(report)
     if dry_run:
         return _rehearsed(model, settled, data, settings, folder, verbose)
     return _trained(model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base)
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "head": {"backbone_lr": 0.0},
+    "probe": {"steps": 0},
+    "aligned": {"steps": 0},
+    "zero-shot": {"steps": 0},
+}
+
+
+def _with_strategy(strategy: str, objective: Objective, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of training with those that the strategy stands for."""
+    if strategy not in STRATEGIES:
+        raise InputError(f"there is no strategy '{strategy}': choose among {', '.join(STRATEGIES)}")
+    for name, value in STRATEGIES[strategy].items():
+        if config.get(name) not in (None, value):
+            raise InputError(f"strategy '{strategy}' means {name}={value}, but {name} is {config[name]}: leave one out")
+    if strategy == "probe" and not (
+        isinstance(objective, Property) and objective.task == "regression" and objective.kind != "per-atom"
+    ):
+        raise InputError(
+            f"a probe learns one number per structure, not {objective!r}: give a Property, or another strategy"
+        )
+    return {**config, **STRATEGIES[strategy]}
 
 
 def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], seed: int) -> tuple[Model, list[str]]:

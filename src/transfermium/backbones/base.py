@@ -23,6 +23,7 @@ class Features(NamedTuple):
     scalars: Tensor  # (n_atoms, width), unchanged when the structure turns
     vectors: Tensor | None = None  # (n_atoms, 3, width), turning with the structure
     edges: Edges | None = None  # filled in by the model for heads that need it
+    layers: dict[str, Tensor] | None = None  # likewise: each layer's invariants, (n_atoms, some width)
 
 
 class Backbone(nn.Module):

@@ -15,6 +15,7 @@ from ..data.split import Split
 from ..errors import InputError
 from ..evaluate import PRINTED, printable
 from ..model import Model, load
+from ..probe import told_of_probe
 from ..train import read_metrics
 from .figures import loss_curves, parity
 from .page import Page
@@ -194,6 +195,9 @@ def _show_data(page: Page, labels: Labels, split: Split, card: Content, stage: C
 def _show_alignment(page: Page, report: Content) -> None:
     page.heading("Alignment with the base")
     kept = report.get("kept heads", [])
+    if "probe" in report:
+        page.text(f"Nothing was trained. {told_of_probe(report)}.")
+        return
     page.text(f"Heads kept from the base: {_listed(kept)}." if kept else "No head was kept: all outputs are new.")
     for name, factor in report.get("scale", {}).items():
         page.text(f"The scale of {name} was fitted to the new labels (× {factor:.3g}), before the first step.")

@@ -1,0 +1,170 @@
+"""Probes: what a frozen backbone already knows, read off by a ridge regression or a Gaussian process in seconds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ase
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backbones.base import Features
+from .errors import InputError
+from .features import features
+from .graph import AtomGraph
+from .heads import Head, pooled
+from .model import SMOOTH, Model
+from .objectives import Property
+
+MOST_POINTS = 2_000  # that a Gaussian process is fitted to: time grows with their cube
+MOST_TRIED = 400  # and that its length and noise are chosen on
+PENALTIES = np.logspace(-2, 5, 22)
+
+
+class ProbeHead(Head):
+    """A property from means and standard deviations, over atoms, of all layers' invariants: a fit, not a training.
+
+    The value is linear in them (ridge regression), or a sum over the structures it was fitted to of how alike they are
+    (a Gaussian process with a squared-exponential kernel); both are fitted in closed form.
+
+    Args:
+        features: numbers per atom, of all layers together.
+        support: structures that a Gaussian process was fitted to; zero for a ridge regression.
+        kind: "intensive", or "extensive" for the value of an atom times the number of atoms.
+    """
+
+    needs = frozenset({"layers"})
+    center: Tensor
+    stretch: Tensor
+    weights: Tensor
+    points: Tensor
+    length: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, support: int = 0, kind: str = "intensive"):
+        super().__init__()
+        if kind not in ("intensive", "extensive"):
+            raise InputError(f"kind is '{kind}', but a probe gives one number per structure: intensive or extensive")
+        self.features = features
+        self.support = support
+        self.kind = kind
+        n = 2 * features
+        exact = {"dtype": torch.float64}
+        self.register_buffer("center", torch.zeros(n, **exact))  # type: ignore[call-overload]
+        self.register_buffer("stretch", torch.ones(n, **exact))  # type: ignore[call-overload]
+        self.register_buffer("weights", torch.zeros(support or n, **exact))  # type: ignore[call-overload]
+        self.register_buffer("points", torch.zeros(support, n, **exact))  # type: ignore[call-overload]
+        self.register_buffer("length", torch.ones((), **exact))  # type: ignore[call-overload]
+        self.register_buffer("shift", torch.zeros((), **exact))  # type: ignore[call-overload]
+        self.register_buffer("scale", torch.ones((), **exact))  # type: ignore[call-overload]
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        assert features.layers is not None
+        z = (summary(features.layers, graph).double() - self.center) * self.stretch
+        if self.support:
+            distance2 = (z.unsqueeze(1) - self.points).square().sum(dim=2)
+            values = torch.exp(-0.5 * distance2 / self.length**2) @ self.weights
+        else:
+            values = z @ self.weights
+        values = values * self.scale + self.shift
+        return values * graph.atoms_per_system() if self.kind == "extensive" else values
+
+
+def probed(
+    model: Model, objective: Property, structures: Sequence[ase.Atoms], edges: int
+) -> tuple[Model, dict[str, Any]]:
+    """The model with a probe as its only output, fitted to the labels of the structures, and how well that went."""
+    rng = np.random.default_rng(0)  # no property looks at it
+    labels = np.array([float(objective.prepare(atoms, rng).targets[objective.name][0]) for atoms in structures])
+    known = np.flatnonzero(np.isfinite(labels))
+    if not len(known):
+        raise InputError(f"no training structure has '{objective.name}': split the data in another way")
+    chosen = [structures[int(i)] for i in known]
+    sizes = np.array([len(atoms) for atoms in chosen]) if objective.kind == "extensive" else 1.0
+    table = features(model, chosen, edges=edges, device=str(next(model.parameters()).device), verbose=False)
+    head, report = fitted(table.values, labels[known] / sizes, objective.kind)
+    probe = Model(model.backbone, {objective.name: head}, model.card)
+    return probe.to(next(model.parameters()).device).eval(), report
+
+
+def told_of_probe(report: Mapping[str, Any]) -> str:
+    """What was fitted and how well, in one sentence."""
+    errors = ", ".join(f"{name} {error:.4g}" for name, error in report["leave-one-out errors"].items())
+    return f"{report['probe']} on {report['features']} features of the frozen backbone (leave-one-out errors: {errors})"
+
+
+def summary(layers: Mapping[str, Tensor], graph: AtomGraph) -> Tensor:
+    """Means, then standard deviations, over the atoms of each structure: (n_systems, twice the numbers per atom)."""
+    x = torch.cat(list(layers.values()), dim=1)
+    mean = pooled(x, graph)
+    spread = pooled((x - mean.index_select(0, graph.system_idx)).square(), graph)
+    return torch.cat([mean, torch.sqrt(spread + SMOOTH)], dim=1)
+
+
+def fitted(x: np.ndarray, y: np.ndarray, kind: str = "intensive") -> tuple[ProbeHead, dict[str, Any]]:
+    """The probe with the smaller leave-one-out error, and what was tried.
+
+    Args:
+        x: `summary` of each structure, (n_structures, n).
+        y: labels, (n_structures,); of an extensive property per atom.
+
+    Raises:
+        InputError: for fewer than three labels, or structures that all look alike.
+    """
+    from sklearn.linear_model import RidgeCV  # these take a second to import
+
+    if len(y) < 3:
+        raise InputError(f"a probe needs at least three labels, but there are {len(y)}")
+    shift, scale = float(y.mean()), float(y.std()) or 1.0
+    center, spread = x.mean(axis=0), x.std(axis=0)
+    known = spread > 1e-6 * np.abs(center).max(initial=1.0)
+    if not known.any():
+        raise InputError("all structures look the same to this model: there is nothing to probe")
+    stretch = np.where(known, 1 / np.where(known, spread, 1.0), 0.0) / np.sqrt(known.sum())
+    z, target = (x - center) * stretch, (y - shift) / scale
+
+    ridge = RidgeCV(PENALTIES / known.sum(), scoring="neg_mean_absolute_error").fit(z, target)
+    errors = {"ridge": -float(ridge.best_score_) * scale}
+    process = _process(z, target) if len(y) <= MOST_POINTS else None
+    if process is not None:
+        errors["Gaussian process"] = process[3] * scale
+    best = min(errors, key=errors.__getitem__)
+    report = {"probe": best, "leave-one-out errors": errors, "features": int(known.sum())}
+
+    if best == "ridge" or process is None:
+        head = ProbeHead(x.shape[1] // 2, kind=kind)
+        weights, offset = ridge.coef_, float(ridge.intercept_)
+    else:
+        weights, offset, length, _ = process
+        head = ProbeHead(x.shape[1] // 2, len(y), kind)
+        head.points.copy_(torch.from_numpy(z))
+        head.length.fill_(length)
+    head.weights.copy_(torch.from_numpy(np.asarray(weights, float)))
+    head.center.copy_(torch.from_numpy(center))
+    head.stretch.copy_(torch.from_numpy(stretch))
+    head.scale.fill_(scale)
+    head.shift.fill_(shift + scale * offset)
+    return head, report
+
+
+def _process(z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float, float, float]:
+    """Weights of the points, offset, length and leave-one-out error (mean absolute) of a Gaussian process."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+    some = np.unique(np.linspace(0, len(y) - 1, min(len(y), MOST_TRIED)).astype(int))
+    kernel = ConstantKernel(1.0, (1e-2, 1e4)) * RBF(1.0, (1e-1, 1e2)) + WhiteKernel(0.1, (1e-6, 1e1))
+    with warnings.catch_warnings():  # a bound that is reached is no harm: the leave-one-out error judges what is found
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        tried = GaussianProcessRegressor(kernel, random_state=0).fit(z[some], y[some]).kernel_
+    amplitude, length, noise = tried.k1.k1.constant_value, tried.k1.k2.length_scale, tried.k2.noise_level
+    covariance = amplitude * RBF(length)(z) + noise * np.eye(len(y))
+    inverse = np.linalg.inv(covariance)
+    alpha = inverse @ y
+    left_out = alpha / np.diag(inverse)  # label minus what the others say (Rasmussen and Williams, Eq. 5.12)
+    return amplitude * alpha, 0.0, float(length), float(np.abs(left_out).mean())
