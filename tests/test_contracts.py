@@ -98,6 +98,20 @@ def test_heads_keep_every_law(head: tm.Head, cls: type[tm.Backbone]) -> None:
     check_head(head, small(cls))
 
 
+@pytest.mark.parametrize("cls", [tm.PaiNN, tm.CGCNN, tm.TensorNet, tm.CGAT])
+@pytest.mark.parametrize(("support", "kind"), [(0, "intensive"), (5, "extensive")])
+def test_probes_keep_every_law(support: int, kind: str, cls: type[tm.Backbone]) -> None:
+    torch.manual_seed(0)
+    backbone = small(cls)
+    crystal = tm.crystals("PBE", "test")[:1]
+    names = tm.features(tm.Model(backbone, {}), crystal, per_atom=True, verbose=False).names
+    head = tm.ProbeHead(len(names), support, kind)
+    head.points.normal_()
+    head.length.fill_(20.0)
+    head.weights.normal_()
+    check_head(head, backbone)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=spelled)
 def test_objectives_keep_every_law(objective: tm.Objective) -> None:
     check_objective(objective)
@@ -113,7 +127,7 @@ def test_nothing_exported_is_left_out() -> None:
         return {x for x in found if inspect.isclass(x) and issubclass(x, base)} - {base}
 
     assert exported(tm.Backbone) == set(BACKBONES)
-    assert exported(tm.Head) == {type(head) for head in HEADS}
+    assert exported(tm.Head) == {type(head) for head in HEADS} | {tm.ProbeHead}  # each backbone has its own
     assert exported(tm.Objective) == {type(objective) for objective in OBJECTIVES}
 
 

@@ -6,14 +6,12 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 import transfermium as tm
-from tests.alloys import QUICK, alloys, painn, potential, same_bits, weights_of
+from tests.alloys import QUICK, alloys, potential, same_bits, weights_of
 from transfermium.features import features
 from transfermium.probe import fitted
 from transfermium.report import run_report
-from transfermium.testing import check_head
 
 
 def labelled(n: int, seed: int = 0) -> list:
@@ -70,18 +68,6 @@ class TestProbe:
         atoms = labelled(1)[0]
         values = [tm.predict(model, [a], verbose=False)[0].info["gap"] for a in (atoms, atoms.repeat((2, 1, 1)))]
         assert values[1] == pytest.approx(2 * values[0], rel=1e-4)
-
-    @pytest.mark.parametrize("support", [0, 5])
-    @pytest.mark.parametrize("kind", ["intensive", "extensive"])
-    def test_it_obeys_the_laws_of_heads(self, support, kind):
-        torch.manual_seed(0)
-        backbone = painn()
-        graph_features = len(tm.features(tm.Model(backbone, {}), alloys(1), per_atom=True, verbose=False).names)
-        head = tm.ProbeHead(graph_features, support, kind)
-        head.points.normal_()
-        head.length.fill_(20.0)
-        head.weights.normal_()
-        check_head(head, backbone)
 
     def test_the_errors_it_reports_are_those_of_leaving_one_out(self):
         rng = np.random.default_rng(0)

@@ -168,16 +168,16 @@ class Model(nn.Module):
     def features(self, graph: AtomGraph, needs: Collection[str] = ("vectors", "edges")) -> Features:
         """What the backbone sees, completed with what heads need.
 
-        "layers" are the element and what the structure says beside it, the blocks of each `nn.ModuleList` of the
-        backbone, and its final scalars. Of vectors and tensors (n_atoms, components, width) norms are taken.
+        "layers" are the element and what the structure says beside it, the blocks of the backbone (`Backbone.atom_blocks`),
+        and its final scalars. Of vectors and tensors (n_atoms, components, width) norms are taken.
         """
         with _watched(self.backbone if "layers" in needs else None) as seen:
             features = self.backbone(graph)
         if "layers" in needs:
-            found = {name: [_invariant(x) for x in given if len(x) == graph.n_atoms] for name, given in seen.items()}
-            found["final"] = [features.scalars]
-            layers = {name: torch.cat(given, dim=1) for name, given in found.items() if given}
-            features = features._replace(layers=layers)
+            found = {name: [_invariant(x) for x in given] for name, given in seen.items()} | {
+                "final": [features.scalars]
+            }
+            features = features._replace(layers={name: torch.cat(given, dim=1) for name, given in found.items()})
         bond_vectors = self.bond_vectors if features.vectors is None and "vectors" in needs else None
         if "edges" in needs:
             lengths, directions = lengths_and_directions(graph.edge_vectors())
@@ -402,7 +402,10 @@ def _invariant(x: Tensor) -> Tensor:
 def _watched(backbone: Backbone | None) -> Iterator[dict[str, list[Tensor]]]:
     """What the layers of a backbone give while it is called."""
     seen: dict[str, list[Tensor]] = {}
-    handles = []
+    handles: list[Any] = []
+    if backbone is None:
+        yield seen
+        return
 
     def watch(name: str, module: nn.Module) -> None:
         def keep(module: nn.Module, arguments: Any, result: Any) -> None:
@@ -411,8 +414,8 @@ def _watched(backbone: Backbone | None) -> Iterator[dict[str, list[Tensor]]]:
 
         handles.append(module.register_forward_hook(keep))
 
-    for name, child in backbone.named_children() if backbone is not None else ():
-        if isinstance(child, nn.ModuleList):
+    for name, child in backbone.named_children():
+        if isinstance(child, nn.ModuleList) and (backbone.atom_blocks is None or name in backbone.atom_blocks):
             for k, block in enumerate(child):
                 watch(f"{name} {k}", block)
         elif name == "node_inputs":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Backbone(nn.Module):
     """
 
     laws: ClassVar[frozenset[str]] = frozenset({"rotation", "reflection", "smooth", "derivatives"})
+
+    atom_blocks: ClassVar[Sequence[str] | None] = None  # lists of blocks that give a row per atom; None: all lists
 
     width: int
     edges: Cutoff | Shells

@@ -39,6 +39,7 @@ class CGAT(Backbone):
         vector_inputs: names of vectors per atom that the model may be told, such as forces.
     """
 
+    atom_blocks: ClassVar[Sequence[str]] = ("nodes",)
     laws: ClassVar[frozenset[str]] = frozenset({"rotation", "reflection"})
 
     edges: Shells
