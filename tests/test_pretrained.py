@@ -38,8 +38,8 @@ def test_it_knows_something_of_crystals_it_never_saw():
     """Forces of strained, rattled cells of other materials, computed with another code."""
     test = tm.crystals("PBE", "test")
     forces = np.concatenate([atoms.get_forces() for atoms in test])
-    error = tm.evaluate("small", test, verbose=False)["forces"]["mae"]
-    assert error < 0.5 * np.abs(forces).mean()
+    found = tm.evaluate("small", test, verbose=False)["forces"]
+    assert found["mae"] < 0.6 * np.abs(forces).mean() and found["r2"] > 0.6
 
 
 def test_it_is_a_base_on_the_command_line(tmp_path, monkeypatch):

@@ -168,8 +168,9 @@ class Model(nn.Module):
     def features(self, graph: AtomGraph, needs: Collection[str] = ("vectors", "edges")) -> Features:
         """What the backbone sees, completed with what heads need.
 
-        "layers" are the element and what the structure says beside it, the blocks of the backbone (`Backbone.atom_blocks`),
-        and its final scalars. Of vectors and tensors (n_atoms, components, width) norms are taken.
+        "layers" are the element and what the structure says beside it, the blocks of the backbone (those of
+        `Backbone.atom_blocks`), and its final scalars. Of vectors and tensors (n_atoms, components, width) norms are
+        taken.
         """
         with _watched(self.backbone if "layers" in needs else None) as seen:
             features = self.backbone(graph)
