@@ -247,7 +247,7 @@ def _trained(
         data.split.save(folder / "split.json")
 
     last = None
-    with bar(quiet=not verbose) as bars:
+    with bar(quiet=not verbose or config.n_steps == 0) as bars:
         counting = bars.add_task("finding neighbours", total=len(data.train), note="")
         task = bars.add_task("training", total=1.0, note="", start=False)
         progress = train(
