@@ -108,6 +108,9 @@ def summary(layers: Mapping[str, Tensor], graph: AtomGraph) -> Tensor:
 def fitted(x: np.ndarray, y: np.ndarray, kind: str = "intensive") -> tuple[ProbeHead, dict[str, Any]]:
     """The probe with the smaller leave-one-out error, and what was tried.
 
+    One structure is left out at a time, so that where a material has several frames, these vouch for each other: such
+    errors are those on new frames, not on new materials.
+
     Args:
         x: `summary` of each structure, (n_structures, n).
         y: labels, (n_structures,); of an extensive property per atom.
