@@ -62,7 +62,7 @@ class TrainConfig:
         accumulate: batches that each process works on, one after the other, before one optimiser step; the step is that
             of all of them together, and of those of all processes.
         validate_every: steps between validations; None makes twenty of them, or fewer (but four) where they would take
-            more than about a tenth of the time.
+            more than a tenth to a fifth of the time.
         patience: validations without improvement before the run stops; None never stops early.
         seed: of weights, split, order and noise.
         workers: processes that prepare batches.
