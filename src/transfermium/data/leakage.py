@@ -12,11 +12,11 @@ from ase import Atoms
 from ..console import track
 from ..errors import InputError
 from ..graph import Cutoff
-from .columns import BITS, blocks, counts_of, info_names, is_missing
 from .columns import codes as column_codes
+from .columns import info_names, is_missing
 from .labels import word
 from .sequences import Subset, original
-from .split import IDS
+from .split import IDS, formulas
 
 TOLERANCE = 0.05  # fcc and hcp differ by 0.059
 AROUND = 12  # nearest neighbours whose mean distance is the unit of length
@@ -58,7 +58,7 @@ def leaks(
     """
     if not 0 < tolerance < 1:
         raise InputError(f"a tolerance of {tolerance} makes no sense: give a fraction of the distances, such as 0.05")
-    ours, theirs = _compositions(structures), _compositions(held_out)
+    ours, theirs = formulas(structures), formulas(held_out)
     candidates = np.flatnonzero(np.isin(ours, theirs)).tolist()
     others = np.flatnonzero(np.isin(theirs, ours)).tolist()
 
@@ -180,22 +180,6 @@ def _logarithms(structures: Sequence[Atoms], index: int, what: str = "structure"
         return np.log(fingerprint(structures[index])).astype(np.float32).ravel()
     except InputError as error:
         raise InputError(f"{what} {original(structures, index)}: {error}") from error
-
-
-def _compositions(structures: Sequence[Atoms]) -> np.ndarray:
-    """Numbers that are equal for the same reduced formula, in any set: (n_structures,)."""
-    weights = np.random.default_rng(0).integers(2**64, size=8 * BITS, dtype=np.uint64)
-    result = np.empty(len(structures), np.uint64)
-    start = 0
-    for block in blocks(structures):
-        counts = counts_of(block)
-        if not block.n_atoms.all():
-            where = original(structures, start + int(np.argmin(block.n_atoms)))
-            raise InputError(f"structure {where} has no atoms; remove it")
-        counts //= np.gcd.reduce(counts, axis=1)[:, None]
-        result[start : start + len(block)] = counts.astype(np.uint64) @ weights
-        start += len(block)
-    return result
 
 
 Name = tuple[int, str, str]  # composition, key and value of an id

@@ -105,7 +105,7 @@ def split(structures: Sequence[Atoms], fraction: float = 0.1, *, by: str = "auto
     elif by == "random":
         groups, reason = np.arange(len(members)), "random, as asked"
     elif by in ("composition", "prototype"):
-        groups, reason = _formulas(some, prototype=by == "prototype"), f"by {by}, as asked"
+        groups, reason = formulas(some, prototype=by == "prototype"), f"by {by}, as asked"
     else:
         groups, reason = _by_info(some, by)
     groups = _numbered(groups)
@@ -225,12 +225,12 @@ def _automatic(structures: Sequence[Atoms], fraction: float) -> tuple[str, np.nd
             groups = np.where(groups < 0, np.where(ids[key] < 0, -1, ids[key] + groups.max() + 1), groups)
         lacking = int((groups < 0).sum())
         if lacking:
-            groups = np.where(groups < 0, _formulas(structures) + groups.max() + 1, groups)
+            groups = np.where(groups < 0, formulas(structures) + groups.max() + 1, groups)
         reason = f"by {by}, which several structures share" + (
             f" ({lacking} without: by composition)" if lacking else ""
         )
     else:
-        groups = _formulas(structures)
+        groups = formulas(structures)
         by, reason = "composition", "by composition, as several structures share one"
 
     largest = int(np.bincount(groups).max())
@@ -266,8 +266,8 @@ def _ids(structures: Sequence[Atoms], key: str) -> np.ndarray | None:
     return codes if found else None
 
 
-def _formulas(structures: Sequence[Atoms], prototype: bool = False) -> np.ndarray:
-    """Numbers that are equal for the same reduced formula; for a prototype without the names of its elements."""
+def formulas(structures: Sequence[Atoms], prototype: bool = False) -> np.ndarray:
+    """Numbers that are equal for the same reduced formula, in any set; for a prototype, whatever its elements are."""
     result = np.empty(len(structures), np.uint64)
     start = 0
     for block in blocks(structures):
