@@ -225,12 +225,12 @@ def _automatic(structures: Sequence[Atoms], fraction: float) -> tuple[str, np.nd
             groups = np.where(groups < 0, np.where(ids[key] < 0, -1, ids[key] + groups.max() + 1), groups)
         lacking = int((groups < 0).sum())
         if lacking:
-            groups = np.where(groups < 0, formulas(structures) + groups.max() + 1, groups)
+            groups = np.where(groups < 0, _numbered(formulas(structures)) + groups.max() + 1, groups)
         reason = f"by {by}, which several structures share" + (
             f" ({lacking} without: by composition)" if lacking else ""
         )
     else:
-        groups = formulas(structures)
+        groups = _numbered(formulas(structures))
         by, reason = "composition", "by composition, as several structures share one"
 
     largest = int(np.bincount(groups).max())
@@ -283,7 +283,7 @@ def formulas(structures: Sequence[Atoms], prototype: bool = False) -> np.ndarray
         weights = np.random.default_rng(0).integers(2**64, size=counts.shape[1], dtype=np.uint64)
         result[start : start + len(block)] = counts.astype(np.uint64) @ weights  # of 64 bits: no two formulas share one
         start += len(block)
-    return np.unique(result, return_inverse=True)[1]
+    return result
 
 
 def _numbered(groups: np.ndarray) -> np.ndarray:
