@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 
+from transfermium.study.forms import BREAK
 from transfermium.study.intervals import Interval
-from transfermium.study.laws import BREAK, Estimate, factors, fit, ratio
+from transfermium.study.laws import Estimate, fit
+from transfermium.study.savings import factors, ratio
 
 RESULTS = Path(__file__).with_name("results.json")
 SIX, FOUR, THREE = (10, 20, 40, 80, 160, 320), (10, 30, 90, 270), (10, 40, 160)

@@ -6,23 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tests.learning_curves import SIZES, seeds, two_arms, width
 from transfermium.errors import InputError
-from transfermium.study.intervals import Interval
-from transfermium.study.laws import (
-    BREAK,
-    Estimate,
-    Fit,
-    factors,
-    fit,
-    fits,
-    ratio,
-    saved,
-    slopes,
-    surfaces,
-    verdict,
-)
+from transfermium.study.forms import BREAK
+from transfermium.study.laws import fit, fits, surfaces
+from transfermium.study.savings import factors
 
-SIZES = np.array([10, 20, 40, 80, 160, 320])
 LAWS: dict[str, tuple[np.ndarray, dict[str, float]]] = {
     "power": (3 * SIZES**-0.5, {"A": 3.0, "a": 0.5}),
     "floor": (0.2 + 3 * SIZES**-0.7, {"C": 0.2, "A": 3.0, "a": 0.7}),
@@ -31,28 +20,6 @@ LAWS: dict[str, tuple[np.ndarray, dict[str, float]]] = {
         {"A": 2.0, "a": 0.2, "b": 0.8, "n_b": 70.0},
     ),
 }
-
-
-def seeds(
-    n_seeds: int,
-    A: float,
-    a: float,
-    rng: np.random.Generator,
-    both: np.ndarray | None = None,
-    sizes: np.ndarray = SIZES,
-    scatter: float = 0.04,
-) -> np.ndarray:
-    """Errors of a power law: each seed has an offset, which `both` arms share in part, and independent scatter."""
-    offset = 0.05 * rng.normal(size=(n_seeds, 1)) + (0.0 if both is None else both)
-    return np.asarray(A * sizes**-a * np.exp(offset + scatter * rng.normal(size=(n_seeds, len(sizes)))))
-
-
-def two_arms(n_seeds: int, seed: int = 0) -> tuple[Fit, Fit]:
-    """Transfer and scratch."""
-    rng = np.random.default_rng(seed)
-    both = 0.06 * rng.normal(size=(n_seeds, 1))
-    transfer, scratch = seeds(n_seeds, 1.2, 0.35, rng, both), seeds(n_seeds, 3.0, 0.45, rng, both)
-    return fit(SIZES, transfer, "power"), fit(SIZES, scratch, "power")
 
 
 # ------------------------------------------------------------------------------------------------------------ laws
@@ -196,15 +163,6 @@ def test_other_test_materials_widen_the_interval() -> None:
     assert width(apart.inverse(0.2)) < width(together.inverse(0.2))
 
 
-def test_what_both_arms_share_cancels() -> None:
-    rng = np.random.default_rng(0)
-    both, materials = rng.normal(size=(4, 1)), np.exp(rng.normal(size=60))
-    arms = [seeds(4, A, 0.5, rng, both)[..., None] * materials for A in (1.0, 2.0)]
-    transfer, scratch = (fit(SIZES, errors, "power") for errors in arms)
-    assert not factors(transfer, scratch, [40])[0].excludes(4.0)
-    assert width(factors(transfer, scratch, [40])[0]) < 0.3 * width(transfer.inverse(float(transfer.predict(40)[0])))
-
-
 def test_rivals_share_the_interval() -> None:
     rng = np.random.default_rng(3)
     for _ in range(20):
@@ -217,84 +175,9 @@ def test_rivals_share_the_interval() -> None:
         assert best.exponent.low <= own.low and own.high <= best.exponent.high
 
 
-# -------------------------------------------------------------------------------------------------------- two arms
-
-
-def test_factors_without_noise_are_exact() -> None:
-    seed = np.array([[0.9], [1.1]])
-    transfer, scratch = fit(SIZES, seed * SIZES**-0.5), fit(SIZES, seed * 1.5 * SIZES**-0.5)
-    for factor in factors(transfer, scratch):
-        assert factor[:3] == pytest.approx((2.25,) * 3)
-    assert saved(factors(transfer, scratch)[0], 10, cost=8.0)[:3] == pytest.approx((100.0,) * 3)
-    assert ratio(transfer, scratch) == pytest.approx((1 / 1.5,) * 3)
-
-
-def test_identical_arms_have_the_factor_one() -> None:
-    rng = np.random.default_rng(0)
-    one, other = (fit(SIZES, seeds(3, 3.0, 0.5, rng)) for _ in range(2))
-    assert not any(factor.excludes(1.0) for factor in factors(one, other))
-    assert [factor.value for factor in factors(one, one)] == pytest.approx([1.0] * 6)
-    assert slopes(one, other, 1e-6).answer == "not clear"
-
-    flat = fit([10, 20, 40, 80], [[1.0, 0.9, 0.95, 0.5], [1.1, 1.0, 1.0, 0.6]], "interpolation")
-    assert not any(factor.excludes(1.0) for factor in factors(flat, flat))  # also where it is pooled
-
-
-def test_a_worse_arm_has_a_factor_below_one() -> None:
-    transfer, scratch = two_arms(3)
-    for factor in factors(scratch, transfer):
-        assert factor.value < 1 and factor.high < 1
-
-
-def test_units_of_the_error_change_nothing_but_its_size() -> None:
-    rng = np.random.default_rng(0)
-    errors, others = seeds(3, 1.2, 0.35, rng), seeds(3, 3.0, 0.45, rng)
-    before = fit(SIZES, errors), fit(SIZES, others)
-    after = fit(SIZES, 1000 * errors), fit(SIZES, 1000 * others)
-    assert after[0].exponent == pytest.approx(before[0].exponent, rel=1e-6)
-    assert after[0].inverse(200) == pytest.approx(before[0].inverse(0.2), rel=1e-6)
-    for scaled, factor in zip(factors(*after), factors(*before), strict=True):
-        assert scaled == pytest.approx(factor, rel=1e-6)
-
-
-def test_nothing_is_told_far_beyond_the_data() -> None:
-    transfer, scratch = two_arms(3)
-    far = transfer.inverse(float(transfer.predict(5_000)[0]))
-    assert far.value == math.inf and far.most == pytest.approx(1280)
-    assert str(far).startswith("more than 1,280")
-    assert not far.excludes(5_000.0) and far.excludes(20.0)
-    assert transfer.inverse(float(transfer.predict(1_000)[0])).value == pytest.approx(1_000, rel=1e-3)
-    assert str(transfer.inverse(100.0)) == "less than 2.5"
-    with pytest.raises(InputError, match=r"from 2.5 to 1,280"):
-        factors(transfer, scratch, [2_000])
-
-
 def test_a_curve_too_flat_to_cross_has_no_end() -> None:
     flat = fit(SIZES, seeds(3, 1.0, 0.0, np.random.default_rng(0)), "power")
     assert flat.inverse(0.99)[1:3] == (-math.inf, math.inf)
-
-
-def test_slopes_are_equal_within_the_margin_differ_or_are_not_clear() -> None:
-    rng = np.random.default_rng(0)
-    arms = {a: fit(SIZES, seeds(5, 1.0, a, rng, scatter=0.01), "power") for a in (0.5, 0.505, 0.7)}
-    assert slopes(arms[0.5], arms[0.505], margin=0.05).answer == "equal"
-    assert slopes(arms[0.5], arms[0.7], margin=0.05).answer == "differ"
-    assert slopes(arms[0.5], arms[0.505], margin=0.001).answer == "not clear"
-    assert slopes(arms[0.7], arms[0.5], 0.05).difference.value == pytest.approx(0.2, abs=0.02)
-
-
-def test_the_verdict_is_one_sentence() -> None:
-    transfer, scratch = two_arms(5)
-    helps = verdict(transfer, scratch, target=0.2, unit="eV", cost=12)
-    assert helps.startswith("Pre-training helps (errors 0.")
-    assert " hours; 0.2 eV takes " in helps
-    assert verdict(scratch, transfer).startswith("Pre-training does not help here, it makes errors larger")
-    assert verdict(scratch, scratch).startswith("Pre-training does not help here (")
-    rng = np.random.default_rng(0)
-    one, other = (fit(SIZES, seeds(3, 3.0, 0.5, rng, scatter=0.2)) for _ in range(2))
-    assert verdict(one, other).startswith("It is not clear whether pre-training helps")
-    alone = [fit(SIZES, np.exp(arm.logs[:1])) for arm in (transfer, scratch)]
-    assert verdict(*alone).endswith("one seed gives no interval).")
 
 
 @pytest.mark.parametrize(
@@ -314,16 +197,8 @@ def test_the_verdict_is_one_sentence() -> None:
         (lambda: fit(SIZES, SIZES**-0.5).predict(10, 20), "no number of pre-training structures"),
         (lambda: surfaces([10, 20], [0, 0], [1.0, 1.0]), "four numbers of labels"),
         (lambda: surfaces([10, 20], [0], [1.0, 1.0]), "make no surface"),
-        (lambda: factors(two_arms(3)[0], two_arms(5)[1]), "seed by seed"),
-        (lambda: ratio(fit([10, 20], [2.0, 1.0]), fit([30, 40], [2.0, 1.0])), "no size in common"),
-        (lambda: slopes(*two_arms(3), margin=0.0), "nothing equal"),
-        (lambda: saved(Estimate(2.0, 1.0, 3.0, 0.1, 10.0), 10, 0.0), "must cost something"),
     ],
 )
 def test_what_cannot_be_told_is_said(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
-
-
-def width(interval: Interval | Estimate) -> float:
-    return interval.high - interval.low

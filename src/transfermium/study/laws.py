@@ -1,4 +1,4 @@
-"""Learning curves: the law behind them, what one arm saves against another, and how sure that is.
+"""Learning curves: the law behind the errors of an arm, the labels it needs, and how sure that is.
 
 Every seed gives one curve, and its cells are correlated: they share a draw of labels and of weights. So a seed is one
 observation, never its cells. A fit is linearised once, at its solution; then all that is asked of a curve, an exponent
@@ -15,22 +15,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import isotonic_regression, nnls
-from scipy.special import expit, logsumexp, softmax, stdtrit
+from scipy.optimize import isotonic_regression
+from scipy.special import stdtrit
 
 from ..errors import InputError
+from .forms import BEYOND, CURVES, FORMS, SURFACES, Form, solved
 from .intervals import Interval
 
 INTERPOLATION = "interpolation"
-BEYOND = 4.0  # times the largest size: further than that, nothing is said
-WORTHWHILE = 0.05  # lower errors, below which pre-training is said not to help
 GRID = 512  # numbers of labels on which a curve is searched for an error
-BREAK = 0.5 * math.log(2)  # width of a break in log n: it takes about a doubling
 RIVAL = 2.0  # difference of AICc below which two laws are about as likely
 RESAMPLES = 1_000
 ROUNDING = 1e-12
@@ -64,16 +61,8 @@ class Estimate(NamedTuple):
 
     def _text(self, value: float) -> str:
         if math.isinf(value):
-            return f"more than {_short(self.most)}" if value > 0 else f"less than {_short(self.least)}"
-        return _short(value)
-
-
-class Slopes(NamedTuple):
-    """Difference of two exponents, and "equal" (inside the margin), "differ" (outside zero) or "not clear"."""
-
-    difference: Interval
-    margin: float
-    answer: str
+            return f"more than {short(self.most)}" if value > 0 else f"less than {short(self.least)}"
+        return short(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +95,19 @@ class Fit:
     def band(self, n: ArrayLike, n_pretraining: ArrayLike | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds of the errors at numbers of labels, each for itself."""
         values, weights = self.curve(self._at(n, n_pretraining))
-        half = _half_width(self, weights)
+        half = half_width(self, weights)
         return np.exp(values - half), np.exp(values + half)
 
     def inverse(self, error: float, n_pretraining: float | None = None) -> Estimate:
         """Labels that are needed for an error, with all n whose error may as well be this one."""
         if not error > 0:
             raise InputError(f"an error of {error} is never reached: ask for one above zero")
-        return _spanned([law._inverse(math.log(error), n_pretraining) for law in (self, *self.rivals)])
+        return spanned([law._inverse(math.log(error), n_pretraining) for law in (self, *self.rivals)])
 
     def _inverse(self, log_error: float, n_pretraining: float | None) -> Estimate:
-        n = _grid(self)
+        n = grid(self)
         values, weights = self.curve(self._at(n, None if n_pretraining is None else np.full(len(n), n_pretraining)))
-        return _crossing(n, values - log_error, _half_width(self, weights))
+        return crossing(n, values - log_error, half_width(self, weights))
 
     @property
     def exponent(self) -> Interval:
@@ -130,7 +119,7 @@ class Fit:
         """An exponent with its interval, were this the law."""
         if name not in self.weights:
             raise InputError(f"{self.form} has no exponent '{name}': it takes at least {FORMS['power'].sizes} sizes")
-        half = float(_half_width(self, self.weights[name][None])[0])
+        half = float(half_width(self, self.weights[name][None])[0])
         value = self.parameters[name]
         return Interval(value, value - half, value + half)
 
@@ -143,7 +132,7 @@ class Fit:
         left = self.points[0] < self.points[0].max()
         if self.form == INTERPOLATION or left.sum() <= len(self.parameters):
             return math.nan
-        theta = _solved(FORMS[self.form], self.points[:, left], self.logs[:, left])
+        theta = solved(FORMS[self.form], self.points[:, left], self.logs[:, left])
         predicted = FORMS[self.form].law(theta[None], self.points[:, ~left])[0][0]
         return math.expm1(float((predicted - self.logs[:, ~left].mean(axis=0)).mean()))
 
@@ -248,105 +237,12 @@ def surfaces(
     return _ranked(names, SURFACES, points, logs, draws, n_groups, confidence)
 
 
-def factors(transfer: Fit, scratch: Fit, sizes: ArrayLike | None = None) -> list[Estimate]:
-    """Equivalent-data factor at each size: how many times the labels the other arm needs for the error of this one.
-
-    Both arms need the same seeds in the same order, and the same test materials: what they share cancels.
-    """
-    sizes = np.exp(transfer.points[0]) if sizes is None else np.ravel(sizes).astype(float)
-    if not ((sizes > 0.999 * transfer.least) & (sizes < 1.001 * transfer.most)).all():
-        limits = f"{_short(transfer.least)} to {_short(transfer.most)}"
-        raise InputError(f"factors at {sizes.tolist()} would be guessed: ask for sizes from {limits}")
-    pairs = list(product((transfer, *transfer.rivals), (scratch, *scratch.rivals)))
-    return [_spanned([_factor(*pair, size) for pair in pairs]) for size in sizes.tolist()]
-
-
-def saved(factor: Estimate, size: float, cost: float = 1.0) -> Estimate:
-    """What the labels cost that a factor at a size saves, such as DFT hours: (factor - 1) size cost."""
-    if not cost > 0:
-        raise InputError(f"a label costs {cost}, but must cost something: give the hours of one")
-    return factor.times(size * cost, -size * cost)
-
-
-def slopes(first: Fit, second: Fit, margin: float, name: str = "a", other: str = "a") -> Slopes:
-    """Whether two exponents are equal, within a margin that was chosen before; the same seeds for both.
-
-    Compare fits of one form, usually the pure power law. Few seeds rarely show that slopes are equal.
-    """
-    if not margin > 0:
-        raise InputError(f"a margin of {margin} leaves nothing equal: give a difference that is too small to matter")
-    value = first.interval(name).value - second.interval(other).value
-    half = float(_half_width(first, first.weights[name][None], second, second.weights[other][None])[0])
-    difference = Interval(value, value - half, value + half)
-    if -margin < difference.low and difference.high < margin:
-        return Slopes(difference, margin, "equal")
-    return Slopes(difference, margin, "differ" if difference.excludes(0.0) else "not clear")
-
-
-def ratio(transfer: Fit, scratch: Fit) -> Interval:
-    """Geometric mean over all sizes that both arms have, and over seeds, of the error of one by that of the other."""
-    shared = np.intersect1d(transfer.points[0], scratch.points[0])
-    if not len(shared):
-        raise InputError("the arms have no size in common: compare them at the same numbers of labels")
-    own, others = (np.isin(arm.points[0], shared)[None] / len(shared) for arm in (transfer, scratch))
-    value = float((own @ transfer.logs.mean(axis=0) - others @ scratch.logs.mean(axis=0))[0])
-    half = float(_half_width(transfer, own, scratch, others)[0])
-    with np.errstate(over="ignore"):
-        return Interval(*(float(each) for each in np.exp([value, value - half, value + half])))
-
-
-def verdict(
-    transfer: Fit, scratch: Fit, *, target: float | None = None, unit: str = "", cost: float | None = None
-) -> str:
-    """Whether pre-training helped and what it saved, in one sentence.
-
-    It helped where the ratio of errors over all sizes lies below one with its whole interval. It did not where that
-    interval leaves no room for errors lower by 5 %.
-
-    Args:
-        target: an error to reach, and its `unit`.
-        cost: hours of one label.
-    """
-    overall = ratio(transfer, scratch)
-    numbers = f"errors {_short(overall.value)} times those from scratch"
-    if len(transfer.logs) < 2:
-        return f"It is not clear whether pre-training helps ({numbers}, but one seed gives no interval)."
-    numbers += f", {_short(overall.low)} to {_short(overall.high)}"
-    if overall.high < 1:
-        said = "Pre-training helps"
-    elif overall.low > 1:
-        said = "Pre-training does not help here, it makes errors larger"
-    elif overall.low > 1 - WORTHWHILE:
-        said = "Pre-training does not help here"
-    else:
-        return f"It is not clear whether pre-training helps ({numbers})."
-    sizes = np.exp(transfer.points[0])[[0, -1]].tolist()
-    few, many = factors(transfer, scratch, sizes)
-    worth = f"{_short(sizes[0])} labels are worth {few} times as many from scratch and {_short(sizes[1])} labels {many}"
-    if cost is not None and many.low > 1:
-        worth += f", which saves {saved(many, sizes[1], cost)} hours"
-    if target is not None:
-        error = f"{_short(target)} {unit}".strip()
-        worth += f"; {error} takes {transfer.inverse(target)} labels instead of {scratch.inverse(target)}"
-    return f"{said} ({numbers}): {worth}."
-
-
-def _factor(transfer: Fit, scratch: Fit, size: float) -> Estimate:
-    n = _grid(scratch)
-    values, weights = scratch.curve(np.log(n)[None])
-    value, at = transfer.curve(np.log([[size]]))
-    half = _half_width(scratch, weights, transfer, np.repeat(at, len(n), axis=0))
-    return _crossing(n, values - value, half).times(1 / size)
-
-
-def _spanned(found: Sequence[Estimate]) -> Estimate:
+def spanned(found: Sequence[Estimate]) -> Estimate:
     """The first value, and an interval that holds all of them."""
     return found[0]._replace(low=min(each.low for each in found), high=max(each.high for each in found))
 
 
-def _half_width(
-    fit: Fit, weights: np.ndarray, other: Fit | None = None, others: np.ndarray | None = None
-) -> np.ndarray:
+def half_width(fit: Fit, weights: np.ndarray, other: Fit | None = None, others: np.ndarray | None = None) -> np.ndarray:
     """Half of the interval of weighted sums of the cells of each seed, or of the difference of those of two arms."""
     seeds, draws = fit.logs @ weights.T, fit.draws @ weights.T
     if other is not None and others is not None:
@@ -362,12 +258,12 @@ def _half_width(
     return np.asarray(half)
 
 
-def _grid(fit: Fit) -> np.ndarray:
+def grid(fit: Fit) -> np.ndarray:
     """Numbers of labels on which a curve is searched; its sizes are among them, the corners of an interpolation."""
     return np.union1d(np.geomspace(fit.least, fit.most, GRID), np.exp(fit.points[0]).clip(fit.least, fit.most))
 
 
-def _crossing(n: np.ndarray, above: np.ndarray, half: np.ndarray) -> Estimate:
+def crossing(n: np.ndarray, above: np.ndarray, half: np.ndarray) -> Estimate:
     """Where a curve that falls reaches zero: the first n, and all n at which it may be zero."""
     down = [_first(n, above), _first(n, above - half)]
     never = _first(n[::-1], -(above + half)[::-1])  # coming from many labels, the first n that may still be too few
@@ -387,105 +283,6 @@ def _first(n: np.ndarray, values: np.ndarray) -> float:
         return float(n[i])
     share = min(values[i - 1] / (values[i - 1] - values[i]), 1.0)
     return float(n[i - 1] * (n[i] / n[i - 1]) ** share)
-
-
-class Form(NamedTuple):
-    """A family of laws: log errors against log sizes, (1, n_points) of a curve and (2, n_points) of a surface."""
-
-    names: tuple[str, ...]  # of the k parameters; "log A" is the logarithm of A
-    sizes: int  # numbers of labels from which on it is tried
-    law: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-    """Parameters (starts, k) and points -> log errors (starts, n_points) and their slopes (starts, n_points, k)."""
-    starts: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    """Points and their mean log errors -> (starts, k)."""
-    bounds: Callable[[np.ndarray, np.ndarray], list[tuple[float, float]]]
-
-
-def _power(theta: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    A, a = theta.T[..., None]
-    x = points[0] + 0 * A
-    return A - a * x, np.stack([np.ones_like(x), -x], axis=-1)
-
-
-def _broken(theta: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    A, a, b, n_b = theta.T[..., None]
-    x = points[0] + 0 * A
-    beyond = BREAK * np.logaddexp(0, (x - n_b) / BREAK)
-    slopes = [np.ones_like(x), beyond - x, -beyond, (b - a) * expit((x - n_b) / BREAK)]
-    return A - a * x - (b - a) * beyond, np.stack(slopes, axis=-1)
-
-
-def _sum(theta: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A constant plus a power of each size: a curve with a floor, or a surface."""
-    C, *powers = theta.T[..., None]
-    x = points[:, None] + 0 * C
-    terms = np.stack([C + 0 * x[0], *(A - a * x for A, a, x in zip(powers[::2], powers[1::2], x, strict=True))])
-    shares = softmax(terms, axis=0)
-    slopes = [shares[0], *(each for share, x in zip(shares[1:], x, strict=True) for each in (share, -x * share))]
-    return logsumexp(terms, axis=0), np.stack(slopes, axis=-1)
-
-
-def _product(theta: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    A, a, b, n_0 = theta.T[..., None]
-    x, y = points[0] + 0 * A, points[1]
-    gain = np.logaddexp(0, y - n_0)
-    slopes = [np.ones_like(x), -x, -gain, b * expit(y - n_0)]
-    return A - a * x - b * gain, np.stack(slopes, axis=-1)
-
-
-def _straight(form: str, places: np.ndarray, points: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """All but the last parameter is linear where that one is known: least squares at each of its places."""
-    found = []
-    for place in places:
-        slopes = FORMS[form].law(np.array([[0.0, 0.0, 0.0, place]]), points)[1][0, :, :3]
-        found.append([*np.linalg.lstsq(slopes, logs)[0], place])
-    return np.array(found)
-
-
-def _positive(points: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """The factors are linear where exponents are known: least squares of relative errors, none negative."""
-    found = []
-    for exponents in product((0.1, 0.3, 0.7, 1.5), repeat=len(points)):
-        powers = [np.exp(-a * (x - x.mean())) for a, x in zip(exponents, points, strict=True)]
-        relative = np.stack([np.ones_like(logs), *powers], axis=1) / np.exp(logs - logs.min())[:, None]
-        shares = nnls(relative, np.ones_like(logs))[0]
-        C, *levels = np.log(np.maximum(shares, 1e-3 * shares.max())) + logs.min()
-        scaled = [level + a * x.mean() for level, a, x in zip(levels, exponents, points, strict=True)]
-        found.append([C, *chain.from_iterable(zip(scaled, exponents, strict=True))])
-    return np.array(found)
-
-
-def _floor_and_powers(points: np.ndarray, logs: np.ndarray) -> list[tuple[float, float]]:
-    nothing = logs.min() - 12  # a floor of e^-12 of the least error is none
-    return [(nothing, logs.max()), *[LEVEL, FALLING] * len(points)]
-
-
-LEVEL, EITHER, FALLING = (-math.inf, math.inf), (-10.0, 10.0), (0.02, 5.0)
-FORMS = {
-    "power": Form(
-        ("log A", "a"), 4, _power,
-        lambda points, logs: np.linalg.lstsq(np.stack([1 + 0 * points[0], -points[0]], axis=1), logs)[0][None],
-        lambda points, logs: [LEVEL, EITHER],
-    ),
-    "floor": Form(("log C", "log A", "a"), 6, _sum, _positive, _floor_and_powers),
-    "broken": Form(
-        ("log A", "a", "b", "log n_b"), 6, _broken,
-        lambda points, logs: _straight("broken", points[0, 1:-1], points, logs),
-        lambda points, logs: [LEVEL, EITHER, EITHER, (points[0, 1], points[0, -2])],
-    ),
-    "sum": Form(("log C", "log A", "a", "log B", "b"), 4, _sum, _positive, _floor_and_powers),
-    "product": Form(
-        ("log A", "a", "b", "log n_0"), 4, _product,
-        lambda points, logs: _straight("product", np.unique(points[1][np.isfinite(points[1])]), points, logs),
-        lambda points, logs: [LEVEL, EITHER, EITHER, _around(points[1])],
-    ),
-}  # fmt: skip
-CURVES, SURFACES = ("power", "floor", "broken"), ("sum", "product")
-
-
-def _around(x: np.ndarray) -> tuple[float, float]:
-    finite = x[np.isfinite(x)]
-    return float(finite.min()) - math.log(BEYOND), float(finite.max()) + math.log(BEYOND)
 
 
 def _ranked(
@@ -520,7 +317,7 @@ def _ranked(
 
 def _fitted(form: Form, points: np.ndarray, logs: np.ndarray) -> tuple[dict[str, float], Curve, dict[str, np.ndarray]]:
     """The best parameters, the curve, and what a cell moves."""
-    theta = _solved(form, points, logs)
+    theta = solved(form, points, logs)
     bounds = form.bounds(points, logs.mean(axis=0))
     free = [
         not name.startswith("log") or low < value < high
@@ -553,52 +350,6 @@ def _interpolated(x: np.ndarray, logs: np.ndarray) -> tuple[dict[str, float], Cu
         return weights @ logs, weights
 
     return {}, curve, {}
-
-
-def _solved(form: Form, points: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """Parameters with the least Huber loss; what a whole seed has in common is no outlier."""
-    offsets = np.median(logs - np.median(logs, axis=0), axis=1, keepdims=True)
-    logs = logs - (offsets - offsets.mean())
-    means = logs.mean(axis=0)
-    bounds = np.array(form.bounds(points, means)).T
-    theta = _descended(form, np.clip(form.starts(points, means), *bounds), bounds, points, logs, 0.1)
-    n_cells, n_fitted = logs.size, len(theta) + len(logs) - 1
-    residuals = np.abs(logs - form.law(theta[None], points)[0][0])
-    scale = 1.4826 * float(np.median(residuals)) * math.sqrt(n_cells / max(n_cells - n_fitted, 1))
-    return _descended(form, theta[None], bounds, points, logs, max(2 * scale, 1e-9))
-
-
-def _descended(
-    form: Form, theta: np.ndarray, bounds: np.ndarray, points: np.ndarray, logs: np.ndarray, delta: float
-) -> np.ndarray:
-    """The best of several descents, all at once: Gauss-Newton steps on reweighted residuals, damped where they fail."""
-    damping, done = np.full(len(theta), 1e-3), np.zeros(len(theta), bool)
-    values, slopes = form.law(theta, points)
-    loss = _huber(logs - values[:, None], delta)
-    for _ in range(200):
-        residuals = logs - values[:, None]  # (starts, n_seeds, n_points)
-        weights = np.minimum(1.0, delta / np.maximum(np.abs(residuals), 1e-300))
-        gradient = np.einsum("asj,ajk->ak", weights * residuals, slopes)
-        curvature = np.einsum("aj,ajk,ajl->akl", weights.sum(axis=1), slopes, slopes)
-        diagonal = np.einsum("akk->ak", curvature)
-        diagonal += damping[:, None] * diagonal + 1e-10
-        trial = np.clip(theta + np.linalg.solve(curvature, gradient[..., None])[..., 0], *bounds)
-        tried, slopes_tried = form.law(trial, points)
-        reached = _huber(logs - tried[:, None], delta)
-        better = reached < loss
-        done |= better & (loss - reached <= 1e-10 * loss)
-        damping = np.where(better, damping / 5, damping * 5)
-        done |= damping > 1e6
-        theta, values = np.where(better[:, None], trial, theta), np.where(better[:, None], tried, values)
-        slopes, loss = np.where(better[:, None, None], slopes_tried, slopes), np.minimum(loss, reached)
-        if done.all():
-            break
-    return np.asarray(theta[loss.argmin()])
-
-
-def _huber(residuals: np.ndarray, delta: float) -> np.ndarray:
-    size = np.abs(residuals)
-    return np.asarray(np.where(size <= delta, size**2 / 2, delta * (size - delta / 2)).sum(axis=(1, 2)))
 
 
 def _aicc(residuals: np.ndarray, k: int) -> float:
@@ -647,6 +398,6 @@ def _cells(errors: ArrayLike, groups: Sequence[Any] | None, seed: int) -> tuple[
     return logs, math.sqrt(n / (n - 1)) * (changed - logs[..., None]).mean(axis=0).T, n
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits."""
     return f"{float(f'{value:.3g}'):,g}"
