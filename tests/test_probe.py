@@ -10,7 +10,7 @@ import pytest
 import transfermium as tm
 from tests.alloys import QUICK, alloys, potential, same_bits, weights_of
 from transfermium.features import features
-from transfermium.probe import fitted
+from transfermium.probe import PENALTIES, _missed, fitted, told_of_probe
 from transfermium.report import run_report
 
 
@@ -22,6 +22,14 @@ def labelled(n: int, seed: int = 0) -> list:
         atoms.info["gap"] = 1.5 + gold - 0.05 * atoms.get_volume() / len(atoms) + 0.3 * gold**2
         atoms.calc = None
     return structures
+
+
+def frames(n_materials: int, n_frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features and labels of frames that are much alike within a material, and the materials."""
+    groups = np.repeat(np.arange(n_materials), n_frames)
+    x = rng.normal(size=(n_materials, 2))[groups] + 0.03 * rng.normal(size=(len(groups), 2))
+    x = np.hstack([x, x**2, np.sin(3 * x), np.cos(3 * x), np.tanh(x)])
+    return x, np.sin(x[:, 0]) + 0.1 * rng.normal(size=n_materials)[groups], groups
 
 
 def tune(strategy: str, objective: tm.Objective | None = None, **options):
@@ -78,11 +86,63 @@ class TestProbe:
         _, report = fitted(x, x @ rng.normal(size=6))
         assert report["leave-one-out errors"]["ridge"] < 0.05 and report["features"] == 6
 
+    def test_a_material_is_left_out_with_all_its_frames(self):
+        from sklearn.linear_model import Ridge
+        from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+        x, y, groups = frames(9, 4, np.random.default_rng(0))
+        for seen in (x[:, :2], x):  # materials have more frames than features, or fewer
+            _, report = fitted(seen, y, groups=groups)
+            z = (seen - seen.mean(axis=0)) / seen.std(axis=0) / np.sqrt(seen.shape[1])
+            found = [
+                np.abs(y - cross_val_predict(Ridge(penalty), z, y, groups=groups, cv=LeaveOneGroupOut())).mean()
+                for penalty in PENALTIES / seen.shape[1]
+            ]
+            assert report["leave-one-out errors"]["ridge"] == pytest.approx(min(found), rel=1e-9)
+            assert report["materials"] == 9
+
+    def test_what_a_process_says_of_a_material_is_what_it_says_when_fitted_without_it(self):
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, WhiteKernel
+        from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+        x, y, groups = frames(5, 4, np.random.default_rng(0))
+        process = GaussianProcessRegressor(RBF(2.0) + WhiteKernel(0.1), optimizer=None)
+        inverse = np.linalg.inv(RBF(2.0)(x) + 0.1 * np.eye(len(y)))
+        missed = np.concatenate([_missed(inverse, inverse @ y, np.flatnonzero(groups == g)) for g in range(5)])
+        expected = y - cross_val_predict(process, x, y, groups=groups, cv=LeaveOneGroupOut())
+        assert missed == pytest.approx(expected, rel=1e-8)
+
+    def test_frames_do_not_vouch_for_each_other(self):
+        rng = np.random.default_rng(0)
+        x, _, groups = frames(40, 5, rng)
+        y = np.repeat(rng.normal(size=40), 5)  # of a material, and nothing else tells it
+        alone, together = (fitted(x, y, groups=of)[1]["leave-one-out errors"] for of in (None, groups))
+        spread = np.abs(y - y.mean()).mean()
+        assert min(alone.values()) < 0.2 * spread
+        assert 0.9 * spread < min(together.values()) < 1.2 * spread
+
+    def test_frames_are_left_out_where_materials_tell_nothing(self):
+        x, y, _ = frames(10, 2, np.random.default_rng(0))
+        expected = fitted(x, y)[1]
+        assert "errors without one structure: " in told_of_probe(expected)
+        for groups in (np.arange(20), np.zeros(20, int)):
+            assert fitted(x, y, groups=groups)[1] == expected
+
+    def test_materials_are_those_of_the_ids(self):
+        structures = labelled(40)
+        for index, atoms in enumerate(structures):
+            atoms.info["material_id"] = f"m{index // 4}"
+        model = tm.finetune(potential(), structures, tm.Property("gap"), strategy="probe", **QUICK)
+        report = model.card["history"][-1]["alignment"]
+        assert report["materials"] == 10 and "errors without one of 10 materials" in told_of_probe(report)
+        assert "materials" not in tune("probe").card["history"][-1]["alignment"]
+
     def test_a_thousand_structures_take_seconds(self):
         rng = np.random.default_rng(0)
         x = rng.normal(size=(1000, 400))
         start = time.process_time()
-        fitted(x, np.tanh(x[:, 0]) + x[:, 1])
+        fitted(x, np.tanh(x[:, 0]) + x[:, 1], groups=np.arange(1000) // 4)
         assert time.process_time() - start < 60
 
     @pytest.mark.parametrize(
@@ -123,5 +183,5 @@ class TestStrategies:
             tune("head", backbone_lr=0.1)
         with pytest.raises(tm.InputError, match="strategy 'probe' means steps=0"):
             tune("probe", steps=7)
-        with pytest.raises(tm.InputError, match="there is no strategy 'heads': choose among full, head"):
+        with pytest.raises(tm.InputError, match="there is no strategy 'heads': choose among full, "):
             tune("heads")

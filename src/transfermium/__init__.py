@@ -21,7 +21,7 @@ from .heads import (
     VectorHead,
 )
 from .model import Gradient, Model, Strain, load
-from .objectives import Denoise, Objective, Potential, Property, Together
+from .objectives import Denoise, Fidelities, Objective, Potential, Property, Together
 from .probe import ProbeHead
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
@@ -39,6 +39,7 @@ __all__ = [
     "DeviationHead",
     "EnergyHead",
     "Features",
+    "Fidelities",
     "Gradient",
     "Head",
     "InputError",

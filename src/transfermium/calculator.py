@@ -11,8 +11,9 @@ from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from .align import and_
 from .errors import InputError
-from .evaluate import unseen_elements
+from .evaluate import unseen_elements, without_reference
 from .graph import to_graph
 from .model import Model, load
 from .train import chosen_device
@@ -24,13 +25,15 @@ class Calculator(AseCalculator):
     Args:
         model: a model or its file.
         device: "auto" is CUDA where there is one, else the CPU.
-        allow_unseen: predict on elements that the model never saw in training, instead of refusing.
+        allow_unseen: predict on elements that the model never saw in training, and energies with elements that no
+            label of its last stage had, instead of refusing; forces and stress of the latter are never refused.
         skin: how many Å further than the cutoff neighbours are searched, so that none are searched again until an atom
             has moved by half of it or the cell has changed; results do not depend on it, and zero searches every time.
         part: which part of a model that learned several objectives, each with its own energy.
 
     Raises:
-        InputError: when the model has no energy, or is asked about elements it never saw.
+        InputError: when the model has no energy, is asked about elements it never saw, or for the energy of elements
+            whose reference no label determined.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012  (ASE declares a list)
@@ -76,6 +79,13 @@ class Calculator(AseCalculator):
         assert self.atoms is not None
         self._check_elements()
         wanted = {"energy", *({"free_energy": "energy"}.get(p, p) for p in properties)}
+        lacking = [] if self.allow_unseen else without_reference(self.model, self.atoms.numbers)
+        if lacking and {"energy", "free_energy"} & set(properties):
+            raise InputError(
+                f"no label that this model learned from has {and_(lacking)}, so this energy has no known zero: "
+                "fine-tune on such labels or with unseen='isolated', 'group' or 'keep', or pass allow_unseen=True "
+                "where differences at one composition are all that counts, as in relaxations"
+            )
         for name in wanted - set(self.model.outputs):
             raise PropertyNotImplementedError(f"this model has no {name}")
         periodic = self.atoms.pbc.all() and self.atoms.cell.rank == 3
@@ -88,7 +98,8 @@ class Calculator(AseCalculator):
         neighbors = self.edges.neighbors(self.atoms, self.search)
         outputs = self.model(to_graph([self.atoms], self.edges, known=[neighbors]), wanted)
         arrays = {name: value.detach().double().cpu().numpy() for name, value in outputs.items()}
-        self.results["energy"] = self.results["free_energy"] = float(arrays["energy"][0])
+        if not lacking:
+            self.results["energy"] = self.results["free_energy"] = float(arrays["energy"][0])
         if "forces" in arrays:
             self.results["forces"] = arrays["forces"]
         if "stress" in arrays:

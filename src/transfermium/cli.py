@@ -25,7 +25,8 @@ from .console import console, table
 from .data.labels import KEYS
 from .errors import InputError
 from .model import asked, subclasses
-from .objectives import Objective, Property, Together
+from .objectives import Objective, Property
+from .objectives.together import Parts
 from .train import TrainConfig
 
 Arguments = dict[str, Any]
@@ -73,9 +74,13 @@ def pretrain(arguments: Arguments) -> None:
 
     _check_out("pretrain", arguments)
     arguments["backbone"] = arguments["backbone"] or TensorNet()
+    viewer = _viewer(arguments)
     _show_configuration("pretrain", arguments, run)
-    run(_by_part(arguments.pop("data"), arguments["objective"]), **_with_pairs(_valid_by_part(arguments)))
-    _report(arguments)
+    run(
+        _by_part(arguments.pop("data"), arguments["objective"]),
+        **_with_pairs(_valid_by_part(arguments), TRAINING_PAIRS),
+    )
+    _report(arguments, viewer)
 
 
 def finetune(arguments: Arguments) -> None:
@@ -83,10 +88,11 @@ def finetune(arguments: Arguments) -> None:
     from .transfer import finetune as run
 
     _check_out("finetune", arguments)
+    viewer = _viewer(arguments)
     _show_configuration("finetune", arguments, run)
     data = _by_part(arguments.pop("data"), arguments["objective"])
-    run(arguments.pop("base"), data, **_with_pairs(_valid_by_part(arguments)))
-    _report(arguments)
+    run(arguments.pop("base"), data, **_with_pairs(_valid_by_part(arguments), TRAINING_PAIRS))
+    _report(arguments, viewer)
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -111,7 +117,7 @@ def predict(arguments: Arguments) -> None:
     from .evaluate import predict as run
 
     out = arguments["out"]
-    results = run(arguments.pop("model"), arguments.pop("data"), **arguments)
+    results = run(arguments.pop("model"), arguments.pop("data"), **_with_pairs(arguments))
     console.print(f"{len(results)} structures written to {out}")
 
 
@@ -148,13 +154,13 @@ def pack(arguments: Arguments) -> None:
     from .data import pack as run
     from .data import resolve, stream
 
-    arguments = _with_pairs(arguments)
+    arguments = _with_pairs(arguments, TRAINING_PAIRS)
     data, label, unit, labels = arguments["data"], arguments["label"], arguments["unit"], None
     if label or unit:
         structures = track(stream(data), "looking for labels", console=console)
         labels = resolve(structures, [*label, *unit], labels=label, units=unit)
         console.print(labels.table())
-    packed = run(data, arguments["out"], labels=labels, level=arguments["level"])
+    packed = run(data, arguments["out"], labels=labels, level=arguments["level"], provenance=arguments["provenance"])
     levels = ", ".join(f"{n} {level}" for level, n in packed.levels.items() if level)
     console.print(f"{len(packed)} structures packed into {arguments['out']}{f' ({levels})' if levels else ''}")
 
@@ -198,16 +204,30 @@ def bakeoff(arguments: Arguments) -> None:
         print(json.dumps(result, ensure_ascii=False))
 
 
+def curve(arguments: Arguments) -> None:
+    """How many labels pre-training saves: errors against numbers of labels, with intervals."""
+    from .study.curve import curve as run
+
+    pairs = _with_pairs(arguments, ("label", "unit", "base_label", "base_unit"))
+    as_json = pairs.pop("json")
+    pairs |= {name: _numbers(name.replace("_", "-"), pairs[name]) for name in ("sizes", "base_sizes")}
+    result = run(pairs.pop("data"), pairs.pop("objective"), pairs.pop("out"), quiet=as_json, **pairs)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
 def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> dict[str, dict[str, str]]:
     wanted = objective.labels()
     return {option: {k: v for k, v in pairs.items() if k in wanted} for option, pairs in named.items()}
 
 
 VERBS: dict[str, Callable[[Arguments], None]] = {
-    verb.__name__: verb for verb in (demo, pretrain, finetune, evaluate, predict, features, info, pack, leaks, bakeoff)
+    verb.__name__: verb
+    for verb in (demo, pretrain, finetune, evaluate, predict, features, info, pack, leaks, bakeoff, curve)
 }
 
 
+TRAINING_PAIRS = ("label", "unit", "provenance")  # options of the form NAME=VALUE
 SHARED = ("pretrain", "finetune", "evaluate", "predict", "features")  # verbs that several processes work on together
 
 
@@ -282,6 +302,7 @@ def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
         "pack": _pack_parser,
         "leaks": _leaks_parser,
         "bakeoff": lambda: _bakeoff_parser(backbone),
+        "curve": lambda: _curve_parser(backbone),
     }
     parser = Parser(
         prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__
@@ -298,14 +319,24 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
     if base:
         parser.add_argument("base", type=str, help="model to start from: a file, a run folder or small; or as --base")
     parser.add_argument(
-        "data", nargs="+", type=str, help="structures: files, folders, packed sets; for Together also PART=FILE"
+        "data", nargs="+", type=str, help="structures: files, folders, packed sets; for several parts also PART=FILE"
     )
     parser.add_subclass_arguments(Objective, "objective", required=True, help="what to learn")
     if base:
         _part_argument(parser)
-        help = "full, head, probe, aligned or zero-shot: what changes"
+        help = "full, lora, head, probe, aligned, zero-shot or replay: what changes; auto tries all but replay"
         parser.add_argument("--strategy", type=str, default="full", help=help)
+        parser.add_argument("--rank", type=int, default=None, help="of the updates of lora, 8 by default")
+        help = "structures with the base's own labels, to learn beside the new ones; or generated, of the new ones"
+        parser.add_argument("--replay", nargs="+", type=str, default=None, help=help)
+        help = "of the base's loss beside the new one, 1 by default"
+        parser.add_argument("--replay-weight", type=float, default=None, help=help)
+        parser.add_argument("--pseudo", action="store_true", help="let the base label the structures of --replay")
+        help = "structures with the base's own labels, on which errors before and after tell what was forgotten"
+        parser.add_argument("--ledger", nargs="+", type=str, default=None, help=help)
         parser.add_argument("--align", type=bool, default=True, help="fit reference energies to the new labels first")
+        help = "energies of elements without new labels: refuse, isolated, group or keep"
+        parser.add_argument("--unseen", type=str, default="refuse", help=help)
     else:
         help = "the architecture, TensorNet by default"
         parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
@@ -319,10 +350,20 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
         "--split-key", type=str, default=None, help="KEY with train, val and test, or KEY=VALUE of the test set"
     )
     _label_arguments(parser)
+    _provenance_argument(parser)
+    parser.add_argument("--level", type=str, default=None, help="use structures at this level of theory only")
+    help = "let labels of several levels of theory share a head"
+    parser.add_argument("--allow-mixed", action="store_true", help=help)
     parser.add_argument(
         "--held-out", nargs="+", type=str, default=None, help="test structures: what matches them is not trained on"
     )
+    help = "labels the structures first: MODULE:FUNCTION that makes an ASE calculator, or a model"
+    parser.add_argument("--teacher", type=str, default=None, help=help)
+    parser.add_argument("--teacher-skip", action="store_true", help="leave out structures on which the teacher fails")
+    parser.add_argument("--teacher-overwrite", action="store_true", help="let it replace labels that structures have")
     parser.add_argument("--dry-run", action="store_true", help="only say what a run would take, and write nothing")
+    help = "show validation structures in the report, which then is 1.3 MB larger"
+    parser.add_argument("--viewer", action="store_true", help=help)
     parser.add_class_arguments(TrainConfig, None)
     return parser
 
@@ -338,6 +379,9 @@ def _evaluate_parser() -> Parser:
 def _predict_parser() -> Parser:
     parser = _model_parser()
     parser.add_argument("--out", type=str, required=True, help="an .extxyz or .csv file")
+    _label_arguments(parser)
+    help = "give energies also of structures with elements that no label had"
+    parser.add_argument("--allow-unseen", action="store_true", help=help)
     return parser
 
 
@@ -372,6 +416,7 @@ def _pack_parser() -> Parser:
     parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
     parser.add_argument("--out", type=str, required=True, help="new folder")
     parser.add_argument("--level", type=str, default=None, help="level of theory of the labels, such as PBE")
+    _provenance_argument(parser)
     _label_arguments(parser)
     return parser
 
@@ -412,6 +457,48 @@ def _bakeoff_parser(backbone: Arguments | None = None) -> Parser:
     return parser
 
 
+def _curve_parser(backbone: Arguments | None = None) -> Parser:
+    parser = Parser()
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("data", nargs="+", type=str, help="structures with the expensive labels")
+    parser.add_subclass_arguments(Objective, "objective", required=True, help="what to learn of them")
+    parser.add_argument("--base", type=str, default=None, help="pre-trained model: a file, a run folder or small")
+    _part_argument(parser)
+    parser.add_argument("--base-data", nargs="+", type=str, default=None, help="or structures to pre-train bases on")
+    help = "what bases learn of them; as --objective by default"
+    parser.add_subclass_arguments(Objective, "base_objective", required=False, help=help)
+    help = "numbers of structures to pre-train on, for a curve over them too"
+    parser.add_argument("--base-sizes", nargs="+", type=str, default=None, help=help)
+    help = "the architecture of bases, a small TensorNet by default"
+    parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
+    parser.add_argument("--out", type=str, required=True, help="folder of the study; the same command resumes")
+    parser.add_argument(
+        "--arms", nargs="+", type=str, default=["scratch", "aligned", "full"], help="ways to use a base, and scratch"
+    )
+    help = "numbers of labels, 5,10,20 or 5 10 20; doubled from ten on by default"
+    parser.add_argument("--sizes", nargs="+", type=str, default=None, help=help)
+    parser.add_argument("--seeds", type=int, default=3, help="of labels, weights and bases")
+    parser.add_argument("--test", nargs="+", type=str, default=None, help="test structures; or a fifth of the data")
+    parser.add_argument("--split-key", type=str, default=None, help="or those that KEY names, or KEY=VALUE")
+    help = "of each pre-training: processor time, or a number such as 800steps"
+    parser.add_argument("--pretraining", type=str, default="5min", help=help)
+    parser.add_argument("--tuning", type=str, default="30s", help="of each fine-tuning, likewise")
+    help = "or the time of the whole study, such as 30min; the worse half of the arms is dropped after each seed"
+    parser.add_argument("--budget", type=str, default=None, help=help)
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 5e-4], help="learning rates that arms try")
+    parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
+    parser.add_argument("--target", type=str, default=None, help="an error to reach, such as 43meV/atom")
+    help = "hours, or a time such as 90min, of one calculation"
+    parser.add_argument("--cost-per-label", type=str, default=None, help=help)
+    parser.add_argument("--margin", type=float, default=0.1, help="of exponents, below which slopes are equal")
+    parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
+    parser.add_argument("--workers", type=int, default=None, help="cells at once")
+    _label_arguments(parser)
+    _label_arguments(parser, "base-")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
 def _demo_parser() -> Parser:
     parser = Parser()
     parser.add_argument("--out", type=str, default="transfermium-demo", help="folder for models and report")
@@ -419,27 +506,26 @@ def _demo_parser() -> Parser:
 
 
 def _part_argument(parser: Parser) -> None:
-    parser.add_argument("--part", type=str, default=None, help="of a model that learned several objectives: which one")
+    parser.add_argument("--part", type=str, default=None, help="of a model of several objectives or levels: which one")
 
 
-def _label_arguments(parser: Parser) -> None:
+def _label_arguments(parser: Parser, of: str = "") -> None:
+    for option, value, help in (("label", "KEY", "the key of a label"), ("unit", "UNIT", "the unit of a label")):
+        parser.add_argument(
+            f"--{of}{option}", nargs="+", type=str, action="extend", default=[], metavar=f"NAME={value}", help=help
+        )
+
+
+def _provenance_argument(parser: Parser) -> None:
+    help = "what else is known of the labels: functional, u, pseudopotentials, code, corrections"
     parser.add_argument(
-        "--label", nargs="+", type=str, action="extend", default=[], metavar="NAME=KEY", help="the key of a label"
-    )
-    parser.add_argument(
-        "--unit",
-        nargs="+",
-        type=str,
-        action="extend",
-        default=[],
-        metavar="NAME=UNIT",
-        help="the unit that a label is given in",
+        "--provenance", nargs="+", type=str, action="extend", default=[], metavar="NAME=TEXT", help=help
     )
 
 
 def _by_part(sources: list[str], objective: Objective) -> list[str] | dict[str, list[str]]:
     """Sources as they are, or those of each part where they are given as PART=FILE."""
-    parts = objective.parts if isinstance(objective, Together) else {}
+    parts = objective.parts if isinstance(objective, Parts) else {}
     named = [source.partition("=") for source in sources]
     if not parts or not any(name in parts for name, equals, _ in named if equals):
         return sources
@@ -456,18 +542,26 @@ def _valid_by_part(arguments: Arguments) -> Arguments:
     return {**arguments, "valid": _by_part(valid, arguments["objective"])} if valid else arguments
 
 
-def _with_pairs(arguments: Arguments) -> Arguments:
+def _numbers(option: str, words: list[str] | None) -> list[int] | None:
+    """Whole numbers, given as 5 10 20 or as 5,10,20."""
+    found = [number for word in words or [] for number in word.split(",") if number]
+    for number in found:
+        if not number.isdigit():
+            raise InputError(f"--{option} has '{number}', which is no whole number: give them as 5,10,20")
+    return None if words is None else [int(number) for number in found]
+
+
+def _with_pairs(arguments: Arguments, options: Sequence[str] = ("label", "unit")) -> Arguments:
     """`NAME=KEY` options as mappings, and names as Python spells them."""
-    for option in ("label", "unit"):
+    for option in options:
         pairs = [text.partition("=") for text in arguments[option]]
         names = [name for name, _, _ in pairs]
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"--{option} {twice[0]}=... is given twice: leave one")
         for name, equals, value in pairs:
             if not (name and equals and value):
-                raise InputError(
-                    f"--{option} {name}{equals}{value} is not NAME={'KEY' if option == 'label' else 'UNIT'}"
-                )
+                wanted = {"label": "KEY", "unit": "UNIT"}.get(option.rpartition("_")[2], "TEXT")
+                raise InputError(f"--{option} {name}{equals}{value} is not NAME={wanted}")
         arguments[option] = {name: value for name, _, value in pairs}
     return arguments
 
@@ -477,13 +571,23 @@ def _check_out(verb: str, arguments: Arguments) -> None:
         raise InputError(f"{verb} needs --out, or --dry-run")
 
 
-def _report(arguments: Arguments) -> None:
+def _viewer(arguments: Arguments) -> bool:
+    """Whether the page shows structures; what that needs is looked for before the work."""
+    viewer: bool = arguments.pop("viewer")
+    if viewer:
+        from .report import need_viewer
+
+        need_viewer()
+    return viewer
+
+
+def _report(arguments: Arguments, viewer: bool) -> None:
     if arguments["dry_run"] or distributed.rank() > 0:
         return
     from .report import run_report
 
     out = Path(arguments["out"])
-    report = run_report(out)
+    report = run_report(out, viewer=viewer)
     console.print(f"Model: {out / 'model.safetensors'}\nReport: {report}", markup=False, soft_wrap=True)
 
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import ase
 import numpy as np
 
 from . import distributed
 from .console import console
-from .data.columns import elements, has, isolated_atoms, listed
-from .data.labels import Labelled, Labels, available, resolve
+from .data.columns import Key, codes, elements, has, isolated_atoms, listed
+from .data.labels import Label, Labelled, Labels, available, resolve
 from .data.leakage import Leak, leaks, summary
 from .data.load import CALIBRATION, rng_of
+from .data.provenance import Comparison, Group, Origin, at_level, checked, compared
 from .data.read import Source, read
 from .data.sequences import Joined, Subset
 from .data.split import Split, by_key, found_split_keys, split
 from .errors import InputError
 from .graph import Sample
 from .model import described
-from .objectives import Objective, Together
+from .objectives import Objective
+from .objectives.together import Parts
 from .run import fingerprint
 
 MOST_SAMPLES = 10_000  # structures that references and scales are fitted on
@@ -43,10 +46,14 @@ class TrainingData:
         held_out: Source | None,
         seed: int,
         verbose: bool,
+        provenance: Mapping[str, str] | None = None,
+        level: str | None = None,
+        allow_mixed: bool = False,
     ):
+        stated = checked(provenance, objective.parts if isinstance(objective, Parts) else ())
         if not 0 <= valid_fraction < 1:
             raise InputError(f"valid_fraction is {valid_fraction}, but must be zero or more and below one")
-        everything, labelled, self.labels = _labelled(structures, objective, label, unit)
+        everything, labelled, self.labels = _labelled(structures, objective, label, unit, level)
         if verbose and self.labels.entries:
             console.print(self.labels.table())
         lone = distributed.from_first(lambda: isolated_atoms(everything))
@@ -67,17 +74,27 @@ class TrainingData:
         self.train: Sequence[ase.Atoms] = Subset(labelled, kept)
         self.unlabelled = Subset(everything, kept)  # the same, as they were read
         self.valid: Sequence[ase.Atoms] = Subset(labelled, np.setdiff1d(self.split.valid, away))
+        self.unlabelled_valid = Subset(everything, np.setdiff1d(self.split.valid, away))
+        labels_of_valid = self.labels
         if verbose and held_out is not None:
             console.print(f"Held out: {summary(found, len(everything))}{'; they are left out' if found else ''}")
         if valid is not None:
             try:
-                others, others_labelled, _ = _labelled(valid, objective, label, unit)
+                others, others_labelled, labels_of_valid = _labelled(valid, objective, label, unit, level)
             except InputError as error:
                 raise InputError(f"validation structures: {error}") from None
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
             if held_out is not None:
                 kept = np.setdiff1d(kept, [leak.index for leak in leaks(others, read(held_out), quiet=True)])
             self.valid = Subset(others_labelled, kept)
+            self.unlabelled_valid = Subset(others, kept)
+        sets: dict[str, tuple[Sequence[ase.Atoms], Labels]] = {
+            "to train on": (self.unlabelled, self.labels),
+            "isolated atoms": (Subset(everything, lone), self.labels),
+            "to validate": (self.unlabelled_valid, labels_of_valid),
+        }
+        self.provenance = distributed.from_first(lambda: dict(_provenance(objective, sets, stated)))
+        _check_levels(self.provenance, allow_mixed, verbose)
         if verbose:
             distributed.from_first(lambda: self._tell(everything, valid is None, split_key, objective))
         own = {"fraction": valid_fraction, "by": split_by, "key": split_key}
@@ -87,7 +104,14 @@ class TrainingData:
             "valid": own if valid is None else distributed.from_first(lambda: fingerprint(self.valid)),
             "labels": self.labels.to_json(),
             **({} if held_out is None else {"leaks": [leak.index for leak in found]}),
+            **({} if level is None else {"level": level}),
+            **({} if not provenance else {"provenance": dict(provenance)}),
         }
+
+    @cached_property
+    def validated(self) -> frozenset[int]:
+        """Atomic numbers in the validation structures."""
+        return listed(elements(self.unlabelled_valid)) if len(self.valid) else frozenset()
 
     def samples(self, objective: Objective) -> list[Sample]:
         """What the objective sees of the training structures, for fitting references and scales."""
@@ -98,7 +122,8 @@ class TrainingData:
         """At most about `MOST_SAMPLES` labelled training structures, with every element that occurs among them."""
         if len(self.train) <= MOST_SAMPLES:
             return list(range(len(self.train)))
-        keys: set[tuple[str, str]] = {(place, key) for label in self.labels.entries for place, key, _ in label.keys}
+        subtracted = {minus for _, minus in objective.differences().values()}
+        keys = set().union(*(_keys(label) for label in self.labels.entries if label.quantity not in subtracted))
         labelled = np.flatnonzero(has(self.unlabelled, keys)) if objective.labels() else np.arange(len(self.train))
         if not len(labelled):
             return []
@@ -142,8 +167,8 @@ class TrainingData:
                 "[yellow]Some elements are in validation only, so its energies mean little: keep the groups, or choose "
                 "another split, such as --split-by random[/yellow]"
             )
-        if isinstance(objective, Together) and len(self.valid):
-            meant = {self.valid[i].info.get("part") for i in range(len(self.valid))}
+        if isinstance(objective, Parts) and len(self.valid):
+            meant = {objective.meant_for(self.valid[i]) for i in range(len(self.valid))}
             for part in objective.parts:
                 if not meant & {None, part}:
                     console.print(
@@ -158,22 +183,82 @@ class TrainingData:
             console.print(f"[yellow]{text[0].upper()}{text[1:]}[/yellow]")
 
 
+def belonging_to(part: str, structures: Sequence[ase.Atoms], marks: Sequence[str]) -> Subset:
+    """The structures that were given for one part, or for all; `marks` are entries of `info` that name a part."""
+    joined = structures.structures if isinstance(structures, Subset) else None
+    if isinstance(structures, Subset) and isinstance(joined, Joined) and part in joined.names:
+        given_for = np.searchsorted(joined.ends, np.asarray(structures.indices), side="right")
+        return Subset(structures, np.flatnonzero(given_for == list(joined.names).index(part)))
+    elsewhere = np.zeros(len(structures), bool)
+    for mark in reversed(marks):  # the first that a structure has counts
+        named, names = codes(structures, mark, str)
+        others = [i for i, name in enumerate(names) if str(name) != part]
+        elsewhere = np.where(named >= 0, np.isin(named, others), elsewhere)
+    return Subset(structures, np.flatnonzero(~elsewhere))
+
+
+def _provenance(
+    objective: Objective, sets: Mapping[str, tuple[Sequence[ase.Atoms], Labels]], stated: Mapping[str, Origin]
+) -> Iterator[tuple[str, Comparison]]:
+    """What is known of the labels of each part, or under "" of the only one; of those that want labels."""
+    parts = objective.parts if isinstance(objective, Parts) else {"": objective}
+    marks = objective.marks if isinstance(objective, Parts) else ()
+    for part, own in parts.items():
+        groups: dict[str, Group] = {}
+        for name, (structures, labels) in sets.items():
+            wanted = {*own.labels(), *(f"{part}.{quantity}" for quantity in own.labels())}
+            keys = {at[:2] for entry in labels.entries if entry.quantity in wanted for at in entry.keys}
+            some = belonging_to(part, structures, marks) if part and len(structures) else structures
+            if len(some) and keys:
+                groups[name] = some, set[Key](keys)
+        if groups:
+            yield part, compared(groups, {**stated.get("", {}), **stated.get(part, {})})
+
+
+def _check_levels(provenance: Mapping[str, Comparison], allow_mixed: bool, verbose: bool) -> None:
+    """Refuse labels of several levels of theory for one head, unless that is wanted."""
+    for part, comparison in provenance.items():
+        of = f"part {part}: " if part else ""
+        field = comparison.differing
+        if field is None:
+            if comparison.ruled and verbose:
+                shown = comparison.spelled("level")
+                console.print(f"{of}PBE and PBE+U by the rule of the Materials Project count as one level: {shown}")
+            continue
+        what = "levels of theory" if field == "level" else f"values of '{field}'"
+        mixed = f"{of}labels for one head are of several {what}, {comparison.spelled(field)}"
+        if not allow_mixed:
+            choose = "choose one with level=NAME (--level NAME), " if field == "level" else ""
+            raise InputError(
+                f"{mixed}: {choose}make each a part of Together or Fidelities (PART=FILE), or mix them knowingly with "
+                "allow_mixed=True (--allow-mixed)"
+            )
+        if verbose:
+            console.print(f"[yellow]{mixed[0].upper()}{mixed[1:]}, as was allowed[/yellow]")
+
+
 def _labelled(
     structures: Source | Mapping[str, Source],
     objective: Objective,
     label: Mapping[str, str] | None,
     unit: Mapping[str, str] | None,
+    level: str | None = None,
 ) -> tuple[Sequence[ase.Atoms], Sequence[ase.Atoms], Labels]:
     """Structures as they were read, the same with labels at their canonical places, and those labels.
 
     Of several parts, labels are called PART.QUANTITY.
     """
     if not isinstance(structures, Mapping):
-        everything = _some(read(structures))
-        labels = distributed.from_first(lambda: _resolved(everything, objective.labels(), label, unit))
+        everything = _at(level, _some(read(structures)))
+        labels = distributed.from_first(
+            lambda: subtractable(everything, _resolved(everything, objective.labels(), label, unit), objective)
+        )
         return everything, _ready(Labelled(everything, labels)), labels
-    if not isinstance(objective, Together):
-        raise InputError(f"structures have the names {', '.join(structures)}: only Together has parts to give them to")
+    if not isinstance(objective, Parts):
+        raise InputError(
+            f"structures have the names {', '.join(structures)}: only Together has parts, and Fidelities levels, to "
+            "give them to"
+        )
     for name in [*structures, *(key.partition(".")[0] for key in {**(label or {}), **(unit or {})})]:
         if name not in objective.parts:
             raise InputError(
@@ -182,10 +267,12 @@ def _labelled(
             )
     parts, labelled, entries = [], [], []
     for name, source in structures.items():
-        own = _some(read(source))
+        own = _at(level, _some(read(source)), name)
         labels = distributed.from_first(
-            lambda own=own, name=name: _resolved(  # type: ignore[misc]
-                own, objective.parts[name].labels(), _of(name, label), _of(name, unit), name
+            lambda own=own, name=name: subtractable(  # type: ignore[misc]
+                own,
+                _resolved(own, objective.parts[name].labels(), _of(name, label), _of(name, unit), name),
+                objective.parts[name],
             )
         )
         parts.append(own)
@@ -194,10 +281,47 @@ def _labelled(
     return Joined(parts, list(structures)), Joined(labelled, list(structures)), Labels(tuple(entries))
 
 
+def subtractable(structures: Sequence[ase.Atoms], labels: Labels, objective: Objective) -> Labels:
+    """The labels, each that is subtracted from another in the unit of that one.
+
+    Raises:
+        InputError: for units that do not fit, and for a structure that has a label and lacks what is subtracted from it
+            (of several objectives it may teach another one).
+    """
+    known = {entry.quantity: entry for entry in labels.entries}
+    for quantity, minus in set(objective.differences().values()):
+        quantity = quantity.rpartition(" ")[2]  # of a part
+        if quantity in known and minus in known:
+            known[minus] = known[minus].in_unit_of(known[quantity])
+            lacking = has(structures, _keys(known[quantity])) & ~has(structures, _keys(known[minus]))
+            if lacking.any() and not isinstance(objective, Parts):
+                first, *others = np.flatnonzero(lacking)
+                raise InputError(
+                    f"structure {first} has '{quantity}' but no '{minus}', which is to be subtracted"
+                    f"{f' (and {len(others)} more)' if others else ''}: give both, or leave such structures out"
+                )
+    return Labels(tuple(known.values()))
+
+
+def _keys(label: Label) -> set[tuple[str, str]]:
+    return {(place, key) for place, key, _ in label.keys}
+
+
 def _some(structures: Sequence[ase.Atoms]) -> Sequence[ase.Atoms]:
     if len(structures) == 0:
         raise InputError("there is no structure to train on")
     return structures
+
+
+def _at(level: str | None, structures: Sequence[ase.Atoms], part: str | None = None) -> Sequence[ase.Atoms]:
+    """The structures at a level of theory; all where none is named."""
+    if level is None:
+        return structures
+    try:
+        chosen = distributed.from_first(lambda: at_level(structures, level))
+    except InputError as error:
+        raise InputError(f"part {part}: {error}" if part else str(error)) from None
+    return [structures[i] for i in chosen] if isinstance(structures, list) else Subset(structures, chosen)
 
 
 def _of(part: str, named: Mapping[str, str] | None) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,22 +12,28 @@ import ase
 import numpy as np
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from . import distributed
+from .align import and_
 from .console import console, track
-from .data.labels import KEYS, Labelled, available, resolve
+from .data.columns import count_elements, elements, has
+from .data.labels import KEYS, Labelled, Labels, available, resolve
 from .data.load import VALIDATION, count_edges, plan, rng_of
 from .data.read import Source, read
 from .data.sequences import Subset
 from .data.split import by_key
+from .dataset import subtractable
 from .errors import InputError
 from .graph import to_batch, to_graph
+from .heads import EnergyHead
 from .model import Model, load, rebuilt, write_whole
 from .objectives import Objective, Property, Together
+from .objectives.base import label as as_label
 from .train import chosen_device, in_parts
+from .unseen import WITHOUT
 
 T = TypeVar("T")
 
@@ -79,8 +85,9 @@ def evaluate(
         return _of_parts(model, objective, given, label, unit, edges, device, seed, verbose)
     wanted = objective.labels()
     label, unit = _as_in_training(model, given, label or {}, unit or {}, verbose)
-    either = list(wanted) if len(wanted) > 1 else []  # whatever it was trained on, any of its labels can be compared
-    labels = resolve(given, list(wanted), labels=label, units=unit, optional=either)
+    some = len(wanted) > 1 and not objective.differences()
+    either = list(wanted) if some else []  # whatever it was trained on, any of its labels can be compared
+    labels = subtractable(given, resolve(given, list(wanted), labels=label, units=unit, optional=either), objective)
     if wanted and not labels.entries:
         raise InputError(
             f"no structure has any of the labels {', '.join(wanted)}; there are "
@@ -89,6 +96,11 @@ def evaluate(
     labelled = Labelled(given, labels)
     if verbose and labels.entries:
         console.print(labels.table())
+    if verbose and (lacking := without_reference(model, np.flatnonzero(count_elements(given)))):
+        console.print(
+            f"[yellow]No label that this model learned from has {and_(lacking)}: errors of energies with these "
+            "elements are those of references that nothing determined[/yellow]"
+        )
 
     model = model.to(chosen_device(device)).eval()
     pairs = compared(model, objective, labelled, edges, seed, quiet=not verbose)
@@ -138,9 +150,10 @@ def compared(
 ) -> Pairs:
     """Labels and predictions of every structure, for each output that the objective has targets for.
 
-    Energies are per atom, in both.
+    Energies are per atom, in both. What the model learned as a difference is here the quantity itself, in both.
     """
     model.eval()
+    differences = objective.differences()
 
     def work(members: list[int]) -> Pairs:
         pairs: Pairs = {}
@@ -153,6 +166,11 @@ def compared(
             if name == "energy":
                 found = [(s.targets[name] / n, o / n) for s, o, n in zip(samples, parts, sizes, strict=True)]
                 pairs["energy_per_atom"] = found
+            elif name in differences:
+                quantity, minus = differences[name]
+                added = [as_label(s.atoms, minus, o.shape) for s, o in zip(samples, parts, strict=True)]
+                found = [(s.targets[name] + a, o + a) for s, o, a in zip(samples, parts, added, strict=True)]
+                pairs[quantity] = found
             else:
                 pairs[name] = [(s.targets[name], o) for s, o in zip(samples, parts, strict=True)]
         return pairs
@@ -185,19 +203,29 @@ def predict(
     out: str | Path | None = None,
     *,
     part: str | None = None,
+    label: Mapping[str, str] | None = None,
+    unit: Mapping[str, str] | None = None,
     edges: int = 10_000,
     device: str = "auto",
+    allow_unseen: bool = False,
     verbose: bool = True,
 ) -> list[ase.Atoms]:
     """Copies of the structures with what the model predicts in place of any labels.
 
     Energy, forces and stress are results of a calculator; other outputs are in `atoms.info` or `atoms.arrays`. Classes
     are numbered, with their probabilities under NAME_probabilities. An output that means something else than its name,
-    as the "forces" of a denoising model, is stored under its meaning ("denoising_displacement").
+    as the "forces" of a denoising model, is stored under its meaning ("denoising_displacement"). To what was learned as
+    a difference from a cheap value, that value is added.
 
     Args:
         out: an extended XYZ or, by its ending, a CSV file with one line per structure.
         part: which part of a model that learned several objectives, each with its own energy.
+        label, unit: the key of a cheap value, and the unit it is given in; by default those of training.
+        allow_unseen: give energies also of structures with elements that no label had (see `without_reference`), which
+            are left out, and said to be so, by default; forces and stresses do not depend on it.
+
+    Raises:
+        InputError: naming a structure that lacks such a value.
     """
     distributed.join()
     model = (model if isinstance(model, Model) else load(model)).whole(part)
@@ -206,6 +234,8 @@ def predict(
     if ending not in (".extxyz", ".xyz", ".csv"):
         raise InputError(f"{out} ends in '{ending}', but predictions are written to .extxyz, .xyz or .csv")
     tell_unseen(model, given, verbose)
+    lacking = _lacking(model, given, allow_unseen, verbose)
+    added, cheap = _cheap(model, given, label or {}, unit or {}, verbose)
 
     model = model.to(chosen_device(device)).eval()
 
@@ -214,6 +244,12 @@ def predict(
         outputs = model(to_graph(chosen, model.backbone.edges))
         sizes = [len(atoms) for atoms in chosen]
         parts = {name: _by_structure(model, name, values, sizes) for name, values in outputs.items()}
+        for name, minus in added.items():
+            whole = [o + as_label(cheap[i], minus, o.shape) for i, o in zip(members, parts[name], strict=True)]
+            parts[name] = whole
+        for k, i in enumerate(members):
+            if lacking[i]:
+                parts["energy"][k] = np.full(1, np.nan)
         own = ({n: r[k] if model.per_atom(n) else r[k][0] for n, r in parts.items()} for k in range(len(members)))
         return {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
 
@@ -273,15 +309,24 @@ def objective_of(model: Model) -> Objective:
 
 
 def _as_in_training(
-    model: Model, given: Sequence[ase.Atoms], label: Mapping[str, str], unit: Mapping[str, str], verbose: bool
+    model: Model,
+    given: Sequence[ase.Atoms],
+    label: Mapping[str, str],
+    unit: Mapping[str, str],
+    verbose: bool,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Keys and units of labels, completed with those that were named in training."""
+    """Keys and units of labels (`only` of these), completed with those that were named in training."""
     labels, units = dict(label), dict(unit)
+    differences = objective_of(model).differences().values()
     for entry in model.card.get("labels", {}).get("labels", []):
         name, key, declared = entry["quantity"], entry["keys"][0][1], entry["given_unit"]
+        if only is not None and name not in only:
+            continue
         if name not in label and key not in KEYS.get(name, (name,)) and key in available(given):
             labels[name] = key
-        if name not in unit and declared not in (None, entry["unit"]):
+        compared_with = any(name in pair for pair in differences)  # even our own unit says what the other is not in
+        if name not in unit and declared is not None and (declared != entry["unit"] or compared_with):
             units[name] = declared
     used = [f"{n}={k}" for n, k in labels.items() if n not in label] + [
         f"{n}={u}" for n, u in units.items() if n not in unit
@@ -289,6 +334,35 @@ def _as_in_training(
     if used and verbose:
         console.print(f"As in training: {', '.join(used)}", markup=False)
     return labels, units
+
+
+def _cheap(
+    model: Model, given: Sequence[ase.Atoms], label: Mapping[str, str], unit: Mapping[str, str], verbose: bool
+) -> tuple[dict[str, str], Sequence[ase.Atoms]]:
+    """Outputs to the labels that are added to them, and the structures with these at their places, in the right unit.
+
+    Raises `InputError` for a structure that lacks one.
+    """
+    differences = objective_of(model).differences() if "objective" in model.card else {}
+    added = {name: minus for name, (_, minus) in differences.items() if name in model.outputs}
+    for name in {**label, **unit}:
+        if name not in added.values():
+            of = f"only {', '.join(added.values())}" if added else "no label"
+            raise InputError(f"'{name}' is not needed: for a prediction this model needs {of}")
+    if not added:
+        return {}, given
+    labels, units = _as_in_training(model, given, label, unit, verbose, list(added.values()))
+    entries = resolve(given, list(added.values()), labels=labels, units=units).entries
+    for entry in entries:
+        if entry.count < len(given):
+            lacking = ~has(given, {(place, key) for place, key, _ in entry.keys})
+            raise InputError(
+                f"structure {np.flatnonzero(lacking)[0]} has no '{entry.quantity}', to which this model adds what it "
+                f"predicts ({len(given) - entry.count} of {len(given)} structures lack it): give it, or leave them out"
+            )
+    trained = {entry.quantity.rpartition(".")[2]: entry for entry in Labels.from_json(model.card["labels"]).entries}
+    expensive = {differences[name][1]: trained[differences[name][0].rpartition(" ")[2]] for name in added}
+    return added, Labelled(given, Labels(tuple(entry.in_unit_of(expensive[entry.quantity]) for entry in entries)))
 
 
 def parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
@@ -312,6 +386,12 @@ def stored_as(model: Model, name: str) -> str:
     return str(model.card.get("quantities", {}).get(name, [name])[0]).replace(" ", "_")
 
 
+def output_of(model: Model, quantity: str) -> str:
+    """The output that a quantity comes from: that of its name, or the one that learned a difference of it."""
+    meanings = {meaning: name for name, (meaning, _) in model.card.get("quantities", {}).items()}
+    return quantity if quantity in model.outputs else meanings.get(quantity, quantity)
+
+
 def _by_structure(model: Model, name: str, values: Tensor, sizes: list[int]) -> list[np.ndarray]:
     """An output cut into the rows of each structure."""
     rows = torch.split(values.detach().double().cpu(), sizes if model.per_atom(name) else 1)
@@ -322,7 +402,7 @@ def _unit(model: Model, name: str) -> str:
     quantities = model.card.get("quantities", {})
     if name == "energy_per_atom":
         return f"{quantities.get('energy', ['', 'eV'])[1]}/atom"
-    return str(quantities.get(name, ["", ""])[1])
+    return str(quantities.get(output_of(model, name), ["", ""])[1])
 
 
 def _errors(
@@ -346,7 +426,9 @@ def _errors(
     }
     if not np.isfinite(found["r2"]):
         del found["r2"]
-    return {**found, "per_element": dict(_by_element(rows, numbers, name in model.outputs and model.per_atom(name)))}
+    output_name = output_of(model, name)
+    per_atom = output_name in model.outputs and model.per_atom(output_name)
+    return {**found, "per_element": dict(_by_element(rows, numbers, per_atom))}
 
 
 def _by_element(
@@ -394,7 +476,8 @@ def _class_scores(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, An
 def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Model) -> ase.Atoms:
     result = atoms.copy()
     result.calc = None
-    for key in [key for name in outputs for key in (name, *KEYS.get(name, ()))]:
+    meanings = [name if KEYS.get(name) else stored_as(model, name) for name in outputs]
+    for key in [key for name in dict.fromkeys([*outputs, *meanings]) for key in (name, *KEYS.get(name, ()))]:
         result.info.pop(key, None)
         if key not in ("numbers", "positions"):
             result.arrays.pop(key, None)
@@ -405,7 +488,7 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
         store = result.arrays if model.per_atom(name) else result.info
         if meaning in ("energy", "forces", "stress"):
             if np.isfinite(value).all():
-                standard[name] = float(value) if name == "energy" else value
+                standard[meaning] = float(value) if meaning == "energy" else value
         elif classes:
             numbers = value.argmax(axis=-1)
             names = getattr(objective_of(model), "classes", None)
@@ -449,6 +532,32 @@ def tell_unseen(model: Model, structures: Sequence[ase.Atoms], verbose: bool) ->
         console.print(
             f"[yellow]The model never saw {', '.join(unseen)}: predictions with these elements mean little[/yellow]"
         )
+
+
+def _lacking(model: Model, structures: Sequence[ase.Atoms], allow_unseen: bool, verbose: bool) -> np.ndarray:
+    """Whether the energy of each structure is to be left out: (n_structures,)."""
+    present = np.unpackbits(elements(structures), axis=1).astype(bool)
+    symbols = without_reference(model, np.flatnonzero(present.any(axis=0)))
+    lacking = np.asarray(present[:, [atomic_numbers[symbol] for symbol in symbols]].any(axis=1))
+    if lacking.any() and verbose:
+        n = int(lacking.sum())
+        told = f"energies of {n:,} structures are" if n > 1 else "the energy of 1 structure is"
+        told += " given all the same" if allow_unseen else " left out (--allow-unseen, allow_unseen=True, gives it)"
+        console.print(f"[yellow]No label that this model learned from has {and_(symbols)}: {told}[/yellow]")
+    return np.zeros_like(lacking) if allow_unseen else lacking
+
+
+def without_reference(model: Model, numbers: np.ndarray) -> list[str]:
+    """Symbols of elements among these whose reference energy no label determined; none for models without energies.
+
+    They are those that the model never saw, and those that an earlier stage saw at another level of theory but no label
+    of the last one had, unless `finetune` was told what to do with them (`unseen`).
+    """
+    card = model.card
+    if not isinstance(model.outputs.get("energy"), EnergyHead) or stored_as(model, "energy") != "energy":
+        return []
+    symbols = [chemical_symbols[int(z)] for z in np.unique(numbers)]
+    return [s for s in symbols if s in card.get(WITHOUT, ()) or s not in card.get("elements", symbols)]
 
 
 def unseen_elements(model: Model, numbers: np.ndarray) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
@@ -343,6 +344,106 @@ class DeviationHead(Head):
             labels = labels / sizes
         if len(labels):
             self.scale.fill_(rms(labels - labels.mean(), labels))
+
+
+class LevelHead(Head):
+    """A head that levels of theory share, each with references (an energy), or scale and shift, of its own.
+
+    The level of a structure is an input of its graph: one under `level_input` of its level, zero under the others.
+
+    Args:
+        head: what they share; of its arguments only, and with neutral references.
+        levels: their names.
+    """
+
+    references: Tensor  # (n_levels, elements + 1) of an energy; else:
+    scale: Tensor  # (n_levels,)
+    shift: Tensor  # (n_levels,)
+
+    def __init__(self, head: Head, levels: Sequence[str]):
+        super().__init__()
+        self.head = copy.deepcopy(head)
+        self.levels = tuple(levels)
+        self.needs, self.per_atom = head.needs, head.per_atom
+        names = ("references",) if isinstance(head, EnergyHead) else ("scale", "shift")
+        self.own = [name for name in names if name in dict(head.named_buffers(recurse=False))]
+        for name in self.own:
+            self.register_buffer(name, torch.stack([getattr(head, name)] * len(self.levels)))
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        told = [graph.inputs[level_input(name)] for name in self.levels]
+        level = torch.cat(told, dim=1).double()  # (n_atoms, n_levels)
+        result = self.head(features, graph)
+        if isinstance(self.head, EnergyHead):
+            references = self.references.index_select(1, graph.atomic_numbers).mT
+            return result + graph.sum_over_systems((level * references).sum(dim=1))
+        level = level if self.per_atom else pooled(level, graph)
+        result = result * (level @ self.scale)
+        if "shift" not in self.own:
+            return result
+        shift = level @ self.shift
+        return result + (shift * graph.atoms_per_system() if is_extensive(self.head) else shift)
+
+    def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
+        """Calibrate each level on its own samples; levels of an energy share the scale, found after references."""
+        for k, level in enumerate(self.levels):
+            one, some = copy.deepcopy(self.head), self.of_level(level, samples)
+            if not len(values(name, some)):
+                continue
+            one.calibrate(name, some)
+            for own in self.own:
+                getattr(self, own)[k] = getattr(one, own)
+        if isinstance(self.head, EnergyHead):
+            self.head.calibrate(name, [self._without_references(name, sample) for sample in samples])
+            self.head.references.zero_()
+
+    def of_level(self, level: str, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples that are of this level."""
+        return [sample for sample in samples if np.any(sample.inputs.get(level_input(level), 0.0))]
+
+    def at(self, level: str) -> Head:
+        """What the head is at one level: a plain one, with weights of its own."""
+        head = copy.deepcopy(self.head)
+        for name in self.own:
+            getattr(head, name).copy_(getattr(self, name)[self.levels.index(level)])
+        return head
+
+    def start_from(self, other: Head) -> None:
+        """Go on from a head of the kind that is shared, or from one of levels; a new level is as the first one is."""
+        levels = other.levels if isinstance(other, LevelHead) else ()
+        begin = {level: level if level in levels else next(iter(levels), "") for level in self.levels}
+        plain = {start: other.at(start) if isinstance(other, LevelHead) else other for start in begin.values()}
+        neutral = {name: getattr(self.head, name).clone() for name in self.own}
+        self.head.load_state_dict({**next(iter(plain.values())).state_dict(), **neutral})
+        for k, level in enumerate(self.levels):
+            for name in self.own:
+                getattr(self, name)[k] = getattr(plain[begin[level]], name)
+
+    def _without_references(self, name: str, sample: Sample) -> Sample:
+        if name not in sample.targets:
+            return sample
+        known = [k for k, level in enumerate(self.levels) if self.of_level(level, [sample])]
+        references = self.references[known].sum(dim=0).numpy(force=True)[sample.atoms.numbers].sum()
+        return sample._replace(targets={**sample.targets, name: sample.targets[name] - references})
+
+
+def level_input(level: str) -> str:
+    """The name of the input of a graph that says whether a structure is of this level of theory."""
+    return f"level_{level}"
+
+
+def with_levels(head: Head, levels: Sequence[str]) -> Head:
+    """The head as levels share it; itself where it has no references, scale or shift that would differ."""
+    scaled = isinstance(head, ScalarHead | CompositionHead | AtomHead | DeviationHead)
+    if isinstance(head, EnergyHead) or (scaled and not getattr(head, "classes", 0)):
+        return LevelHead(head, levels)
+    return head
+
+
+def is_extensive(head: Head) -> bool:
+    """Whether what a head gives is a sum over the atoms of a structure."""
+    sums = isinstance(head, EnergyHead) or getattr(head, "pooling", "") == "sum"
+    return sums or getattr(head, "kind", "") == "extensive"
 
 
 def pooled(per_atom: Tensor, graph: AtomGraph, score: Tensor | None = None) -> Tensor:

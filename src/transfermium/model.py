@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import os
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from .backbones.base import Backbone, Edges, Features
 from .errors import InputError
 from .graph import AtomGraph, Cutoff
-from .heads import Head
+from .heads import Head, LevelHead
 from .messages import EdgeFormula, Neighborhood, Radii, fixed_weights
-from .nn import Bessel, lengths_and_directions
+from .nn import Bessel, NodeInputs, lengths_and_directions
 
 FORMAT = 1
 SMOOTH = 1e-4  # under roots, or features would have a kink where vectors vanish or all atoms are alike
@@ -117,7 +118,10 @@ class Model(nn.Module):
         return super().__call__(graph, wanted)
 
     def part(self, name: str) -> Model:
-        """This model as what one of several objectives made it, with outputs by their own names; weights are shared.
+        """This model as what one of several objectives made it, with outputs by their own names.
+
+        Weights are shared, unless parts are told apart by inputs, which become constants of a copy: then the part is a
+        plain model that is told nothing.
 
         Raises `InputError` when it has no part of this name.
         """
@@ -126,12 +130,14 @@ class Model(nn.Module):
             raise InputError(f"this model has no part '{name}': it has {', '.join(parts) or 'none, leave it out'}")
         own = {full: short for short, full in parts[name]["outputs"].items()}
         outputs = {
-            short: output if isinstance(output, Head) else type(output)(own[output.of])
+            short: of_level(output, name) if isinstance(output, Head) else type(output)(own[output.of])
             for full, short in own.items()
             for output in [self.outputs[full]]
         }
+        inputs = parts[name].get("inputs", {})
+        backbone = _fixed(self.backbone, inputs) if inputs else self.backbone
         with torch.random.fork_rng(devices=[]):
-            model = Model(self.backbone, outputs, {**self.card, **parts[name]["card"]})
+            model = Model(backbone, outputs, {**self.card, **parts[name]["card"]})
         del model.card["parts"]
         metrics, start = model.card.get("metrics", {}), f"{name} "
         if "validation" in metrics:
@@ -141,11 +147,13 @@ class Model(nn.Module):
             model.bond_vectors = self.bond_vectors
         return model.train(self.training)
 
-    def whole(self, part: str | None = None, wanted: Collection[str] | None = None) -> Model:
+    def whole(
+        self, part: str | None = None, wanted: Collection[str] | None = None, told: Collection[str] = ()
+    ) -> Model:
         """The model to be used: the part that is named, or all of it where there is nothing to choose between.
 
-        Raises `InputError` when several parts have an output of the same name (one of those `wanted`, if these are
-        given), and no part is named.
+        Raises `InputError` when no part is named, and several parts have an output of the same name (one of those
+        `wanted`, if these are given), or are told apart by inputs other than those that the model will be `told`.
         """
         if part is not None:
             return self.part(part)
@@ -154,6 +162,7 @@ class Model(nn.Module):
             name
             for name, outputs in own.items()
             if any(short != full and (wanted is None or short in wanted) for short, full in outputs.items())
+            or not set(self.card["parts"][name].get("inputs", ())) <= set(told)
         ]
         if several:
             names = " or ".join(several)
@@ -305,7 +314,7 @@ def _plain(value: Any) -> Any:
     """An argument as JSON can hold it: objects, also those in a mapping, are described."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    return described(value) if hasattr(value, "outputs") else value
+    return described(value) if isinstance(value, Head) or hasattr(value, "outputs") else value
 
 
 def copied(thing: Any, **changes: Any) -> Any:
@@ -390,6 +399,22 @@ BOND_VECTORS = EdgeFormula(
     filters=1,
     senders=(1,),
 )
+
+
+def _fixed(backbone: Backbone, values: Mapping[str, float]) -> Backbone:
+    """A copy of the backbone to which these inputs are constants."""
+    fixed = copy.deepcopy(backbone)
+    for module in fixed.modules():
+        if isinstance(module, NodeInputs):
+            module.fix(values)
+    others: Any = tuple(name for name in getattr(backbone, "inputs", ()) if name not in values)
+    fixed.inputs = others
+    return fixed
+
+
+def of_level(head: Any, name: str) -> Any:
+    """What a head is at one level of theory, where it has several; else itself."""
+    return head.at(name) if isinstance(head, LevelHead) else head
 
 
 def _invariant(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -66,8 +66,18 @@ class NodeInputs(nn.Module):
         self._check(graph.atomic_numbers)
         result = self.element(graph.atomic_numbers)
         for name, linear in self.inputs.items():
+            if name not in graph.inputs:
+                raise InputError(f"this model has to be told '{name}' beside the structure: give it, or choose a part")
             result = result + linear(graph.inputs[name])
         return result
+
+    @torch.no_grad()
+    def fix(self, values: Mapping[str, float]) -> None:
+        """Make constants of inputs, in place: what they add to every atom becomes part of each element."""
+        for name, value in values.items():
+            if name in self.inputs:
+                weight: Tensor = self.inputs.pop(name).weight  # type: ignore[assignment]
+                self.element.weight += value * weight.squeeze(1)
 
     def _check(self, numbers: Tensor) -> None:
         advice = f"build the backbone with elements={LAST_ELEMENT}"

@@ -21,7 +21,7 @@ from .backbones import Backbone, PaiNN
 from .graph import AtomGraph, Batch, Sample, to_batch, to_graph
 from .heads import AtomHead, ClassHead, EnergyHead, Head, ScalarHead, TensorHead, VectorHead
 from .model import Gradient, Model, Output, Strain, copied, described, load, rebuilt
-from .objectives import Objective
+from .objectives import Fidelities, Objective
 from .objectives.base import told
 
 Outputs = dict[str, np.ndarray]
@@ -100,7 +100,8 @@ def check_objective(
     if structures is None:
         bare = [_crystal(), _molecule(), _lone_atom()]
         _hold(objective, LAWS_OF_VIEWS, objective, model, bare)
-        structures = [_labelled(atoms, objective, model) for atoms in bare]
+        labelled = [_labelled(atoms, objective, model) for atoms in bare]
+        structures = [one for atoms in labelled for one in _at_every_level(atoms, objective)]
     _hold(objective, LAWS_OF_VIEWS, objective, model, structures)
 
     samples = [_prepared(objective, atoms) for atoms in structures]
@@ -628,7 +629,22 @@ def _labelled(atoms: ase.Atoms, objective: Objective, model: Model) -> ase.Atoms
             atoms.set_array(name, np.asarray(label))
         else:
             atoms.info[name] = np.squeeze(label)
+    for output, (quantity, minus) in objective.differences().items():
+        if np.isfinite(_outputs(model, atoms, wanted=[output])[output]).all():
+            cheap = atoms.numbers if model.per_atom(output) else np.asarray(len(atoms))
+            store = atoms.arrays if model.per_atom(output) else atoms.info
+            store[quantity.rpartition(" ")[2]], store[minus] = 1.5 * cheap, 1.0 * cheap
     return atoms
+
+
+def _at_every_level(atoms: ase.Atoms, objective: Objective) -> list[ase.Atoms]:
+    """The structure once for each level of theory that the objective has, or as it is."""
+    if not isinstance(objective, Fidelities):
+        return [atoms]
+    copies = [atoms.copy() for _ in objective.levels]
+    for one, level in zip(copies, objective.levels, strict=True):
+        one.info["level"] = level
+    return copies
 
 
 def _contents(atoms: ase.Atoms) -> str:

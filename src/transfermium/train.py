@@ -29,6 +29,7 @@ from .data.load import VALIDATION, Batches, Dealt, Place, Share, ahead, count_ed
 from .data.sequences import Subset, original
 from .errors import InputError
 from .graph import Batch
+from .lora import adapted
 from .model import Model, read_tensors, write_tensors, write_whole
 from .objectives import Objective
 from .objectives.base import Loss
@@ -311,7 +312,7 @@ class _Run:
             stream = training_batches(
                 self.batches, self.counts, self.config.edges, self.place, self.config.workers, self.share
             )
-            stream = ahead(stream, device_of(self.model), self.trained[0].dtype)
+            stream = ahead(stream, device_of(self.model), next(self.model.parameters()).dtype)
             while not self.finished and (fraction := self._fraction()) < 1:
                 pieces = list(islice(stream, self.config.accumulate))
                 lr = self._set_learning_rates(fraction)
@@ -509,8 +510,9 @@ class _Run:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         config, backbone = self.config, {id(p) for p in self.model.backbone.parameters()}
         backbone_lr = config.lr if config.backbone_lr is None else config.backbone_lr
+        chosen = adapted(self.model.backbone)  # what is frozen then stays so
         for p in self.model.backbone.parameters():
-            p.requires_grad_(backbone_lr > 0)
+            p.requires_grad_(backbone_lr > 0 and (p.requires_grad or not chosen))
         layer = layers(self.model.backbone) if config.layer_decay < 1 else {}
         top = max(layer.values(), default=0)
         groups: list[dict[str, Any]] = []

@@ -7,29 +7,38 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
+import ase
 import torch
+from torch import nn
 
 from . import __version__, distributed
 from .align import align_references, show_alignment
 from .backbones import Backbone, TensorNet
-from .card import card_of, validated
+from .card import card_of, examples, known_of, theory, theory_of, validated
 from .console import bar, console, table
-from .data.read import Source
+from .data.read import Source, read
 from .dataset import TrainingData
 from .errors import InputError
 from .evaluate import without_elements
 from .graph import Sample
-from .model import Model, described, load
+from .heads import LevelHead
+from .ladder import climbed, rungs
+from .lora import RANK, adapt, merged
+from .model import Model, described, load, write_whole
 from .objectives import Objective, Property
 from .objectives.base import told
-from .probe import probed, told_of_probe
+from .probe import probed, probes, told_of_probe
 from .rehearsal import rehearse
-from .run import claim, write_json
+from .replay import Beside, Ledger, beside, check_ledger, chosen_replay, show_forgetting
+from .run import claim, fingerprint, write_json
+from .teacher import taught
 from .train import Progress, TrainConfig, chosen_device, read_metrics, train
+from .unseen import check_policy, settle_unseen, unseen_in_words
 
 
 def pretrain(
@@ -45,6 +54,12 @@ def pretrain(
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
     held_out: Source | None = None,
+    teacher: Any = None,
+    teacher_skip: bool = False,
+    teacher_overwrite: bool = False,
+    provenance: Mapping[str, str] | None = None,
+    level: str | None = None,
+    allow_mixed: bool = False,
     dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
@@ -52,7 +67,7 @@ def pretrain(
     """Train a new model on any objective.
 
     Args:
-        structures: files, folders or `ase.Atoms`; for `Together`, also names of its parts to such.
+        structures: files, folders or `ase.Atoms`; for `Together` and `Fidelities`, also names of parts to such.
         objective: what to learn.
         backbone: the architecture, TensorNet(64, 2) by default; its weights are drawn anew from `seed`.
         out: run folder; the same call goes on where a killed one stopped, and returns at once when it had finished.
@@ -66,6 +81,14 @@ def pretrain(
             {"pbesol.energy": "E_pbesol"}.
         unit: quantity to the unit it is given in, such as {"energy": "hartree"}.
         held_out: structures on which the model will be judged: what matches one of them (see `leaks`) is left out.
+        teacher: labels `structures` and `valid` before training: an ASE calculator, a function that makes one,
+            "module:function", or a model or its file (`transfermium.teacher`).
+        teacher_skip: leave out the structures on which the teacher fails, rather than stop.
+        teacher_overwrite: let the teacher replace labels that the structures have.
+        provenance: what else is known of the labels, for the card: "functional", "u", "pseudopotentials", "code" and
+            "corrections" to any text; of one part of several, as {"pbe.code": "VASP"}.
+        level: use the structures at this level of theory only, as `info["level"]` (or "functional", "xc") names it.
+        allow_mixed: labels of several levels of theory may share a head, which is refused otherwise.
         dry_run: only say what the run would take, or what is left of it where `out` holds a part of it, measured on a
             few steps; nothing is written. The model that is returned was not trained; its card has the numbers under
             "dry run".
@@ -79,9 +102,14 @@ def pretrain(
     _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
     _check_together(backbone, objective)
+    lesson = taught(
+        teacher, structures, valid, objective, out=out, named=[*(label or {}), *(unit or {})], skip=teacher_skip,
+        overwrite=teacher_overwrite, dry_run=dry_run, verbose=verbose,
+    )  # fmt: skip
     data = TrainingData(
-        structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
-    )
+        lesson.structures, objective, lesson.valid, valid_fraction, split_by, split_key, label, unit, held_out,
+        settings.seed, verbose, provenance, level, allow_mixed,
+    )  # fmt: skip
 
     with torch.random.fork_rng(devices=[]):
         architecture = described(told(backbone, objective))
@@ -89,6 +117,7 @@ def pretrain(
         "verb": "pretrain",
         "backbone": architecture,
         **data.asked,
+        **lesson.asked,
         "train": _lasting(settings),
     }
     folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
@@ -102,9 +131,10 @@ def pretrain(
         model = Model(told(backbone, objective), settled.outputs(backbone.width))
     for name, head in model.heads.items():
         head.calibrate(*settled.calibration(name, samples))  # type: ignore[operator]
+    report = settle_unseen(model, settled, samples, {}, validated=data.validated)
     if dry_run:
         return _rehearsed(model, settled, data, settings, folder, verbose)
-    return _trained(model, settled, data, settings, folder, asked, history=[], report={}, verbose=verbose)
+    return _trained(model, settled, data, settings, folder, asked, history=[], report=report, verbose=verbose)
 
 
 def finetune(
@@ -115,7 +145,13 @@ def finetune(
     out: str | Path | None = None,
     part: str | None = None,
     strategy: str = "full",
+    rank: int | None = None,
+    replay: Source | None = None,
+    replay_weight: float | None = None,
+    pseudo: bool = False,
+    ledger: Source | None = None,
     align: bool = True,
+    unseen: str = "refuse",
     valid: Source | Mapping[str, Source] | None = None,
     valid_fraction: float = 0.1,
     split_by: str = "auto",
@@ -123,6 +159,12 @@ def finetune(
     label: Mapping[str, str] | None = None,
     unit: Mapping[str, str] | None = None,
     held_out: Source | None = None,
+    teacher: Any = None,
+    teacher_skip: bool = False,
+    teacher_overwrite: bool = False,
+    provenance: Mapping[str, str] | None = None,
+    level: str | None = None,
+    allow_mixed: bool = False,
     dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
@@ -137,29 +179,70 @@ def finetune(
         part: which part of a base that learned several objectives, each with its own energy.
         strategy: "full" trains everything; "head" the heads alone (`backbone_lr=0`); "probe" fits a ridge regression or
             a Gaussian process to what the frozen backbone sees, in seconds (`transfermium.probe`); "aligned" only fits
-            references, and "zero-shot" does nothing but report errors.
+            references, and "zero-shot" does nothing but report errors. "lora" trains heads, and low-rank updates of the
+            matrices of the backbone that are merged in the end (`transfermium.lora`); "replay" goes on learning the
+            base's task beside the new one (`transfermium.replay`). "auto" tries zero-shot, aligned, probe, head, lora
+            and full, each with the same options and as long as they say, and takes what is best on the validation
+            structures (`transfermium.ladder`).
+        rank: of the updates of "lora"; 8 by default.
+        replay: structures with labels of the base's task; or "generated" for rattled and strained copies of
+            `structures`, which the base labels before training.
+        replay_weight: of the base's loss where that of the new one has weight one; 1 by default.
+        pseudo: the base labels the structures of `replay`, whatever labels they have.
+        ledger: structures with labels of the base's task, on which errors before and after are reported; of what is
+            replayed a tenth by default, with no material on both sides.
         align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
+        unseen: what of the references of elements that no new label has, where `align` moves the others: "refuse"
+            energies with them later on; take those of isolated atoms in the data ("isolated"); move them by the mean
+            shift of the others ("group"); or "keep" them (see `transfermium.unseen`).
         config: fields of `TrainConfig`; `backbone_lr` is the learning rate of the backbone: zero freezes it.
 
     The other arguments, and what is raised, are those of `pretrain`.
     """
+    given = dict(locals())  # all arguments, so that every rung of a ladder is asked the same
     distributed.join()
     _check_objective(objective)
-    base = (base if isinstance(base, Model) else load(base)).whole(part, _names(objective))
+    base = (base if isinstance(base, Model) else load(base)).whole(part, _names(objective), objective.scalar_inputs())
+    again = chosen_replay(strategy, replay, replay_weight, pseudo, objective)
+    rank = _chosen_rank(strategy, rank)
+    if ledger is not None:
+        check_ledger(base, objective)
+    check_policy(unseen, align)
     settings = _train_config(_with_strategy(strategy, objective, config), base.architecture()["dtype"])
     align = align and strategy != "zero-shot"
     _check_together(base.backbone, objective)
+    lesson = taught(
+        teacher, structures, valid, objective, out=out, named=[*(label or {}), *(unit or {})], skip=teacher_skip,
+        overwrite=teacher_overwrite, dry_run=dry_run, verbose=verbose,
+    )  # fmt: skip
     data = TrainingData(
-        structures, objective, valid, valid_fraction, split_by, split_key, label, unit, held_out, settings.seed, verbose
-    )
+        lesson.structures, objective, lesson.valid, valid_fraction, split_by, split_key, label, unit, held_out,
+        settings.seed, verbose, provenance, level, allow_mixed,
+    )  # fmt: skip
 
-    identity = {"card": base.card.get("history", []), "weights": _weights_fingerprint(base)}
-    asked = {"verb": "finetune", "base": identity, "align": align, **data.asked, "train": _lasting(settings)}
+    identity = {"card": base.card.get("history", []), "weights": weights_fingerprint(base)}
+    asked: dict[str, Any] = {"verb": "finetune", "base": identity, "align": align}
+    asked |= {**data.asked, **lesson.asked, "train": _lasting(settings)}
     if strategy != "full":
         asked["strategy"] = strategy
+    if rank is not None:
+        asked["rank"] = rank
+    if unseen != "refuse":
+        asked["unseen"] = unseen
+    if again is not None:
+        others = {} if held_out is None else {"held out": distributed.from_first(lambda: fingerprint(read(held_out)))}
+        asked["replay"] = {**distributed.from_first(again.asked), **others}
+    if ledger is not None:
+        asked["ledger"] = distributed.from_first(lambda: fingerprint(read(ledger)))
+    if verbose and (before := theory(base.card)) and (now := theory_of(data)):
+        console.print(f"Labels: the base learned {before}; these are {now}", markup=False)
     folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
     if finished is not None:
         return finished
+    if strategy == "auto":
+        names = rungs(objective, align, settings.backbone_lr == 0)
+        n = len(data.train) + len(data.valid)
+        return climbed(partial(_rung, given | lesson.given), names, n, len(data.valid), folder, dry_run, verbose)
 
     samples = data.samples(objective)
     settled = distributed.from_first(lambda: objective.settled(samples))
@@ -175,17 +258,32 @@ def finetune(
         report |= align_references(model, settled, samples, base.card.get("quantities", {}), kept)
         if verbose:
             show_alignment(report)
+    report |= settle_unseen(model, settled, samples, report, unseen, base, align, data.validated)
+    for words in unseen_in_words(report) if verbose else ():
+        console.print(f"Alignment: {words}", markup=False)
+    book = None if ledger is None else Ledger(base, ledger, settings)
+    two = None
+    if again is not None:
+        two, own = beside(base, model, settled, data, again, held_out, ledger, settings, verbose)
+        book = book or own
+    updates = None if rank is None else _adapted(model, base, rank, settings.seed, verbose)
     if dry_run:
-        return _rehearsed(model, settled, data, settings, folder, verbose)
-    return _trained(model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base)
+        return _rehearsed(model, settled, data, settings, folder, verbose, two)
+    return _trained(
+        model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base,
+        two=two, ledger=book, updates=updates,
+    )  # fmt: skip
 
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "full": {},
+    "lora": {},
+    "replay": {},
     "head": {"backbone_lr": 0.0},
     "probe": {"steps": 0},
     "aligned": {"steps": 0},
     "zero-shot": {"steps": 0},
+    "auto": {},
 }
 
 
@@ -196,13 +294,41 @@ def _with_strategy(strategy: str, objective: Objective, config: Mapping[str, Any
     for name, value in STRATEGIES[strategy].items():
         if config.get(name) not in (None, value):
             raise InputError(f"strategy '{strategy}' means {name}={value}, but {name} is {config[name]}: leave one out")
-    if strategy == "probe" and not (
-        isinstance(objective, Property) and objective.task == "regression" and objective.kind != "per-atom"
-    ):
+    if strategy in ("lora", "replay") and config.get("backbone_lr") == 0:
+        raise InputError(f"strategy '{strategy}' trains the backbone, but backbone_lr=0 freezes it: leave one out")
+    if strategy == "probe" and not probes(objective):
         raise InputError(
             f"a probe learns one number per structure, not {objective!r}: give a Property, or another strategy"
         )
     return {**config, **STRATEGIES[strategy]}
+
+
+def _chosen_rank(strategy: str, rank: int | None) -> int | None:
+    """Of the updates of LoRA, and of no other strategy."""
+    if rank is not None and strategy not in ("lora", "auto"):
+        raise InputError(f"rank is for strategy 'lora', but the strategy is '{strategy}': choose one of them")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank is {rank}, but must be at least one")
+    return RANK if rank is None and strategy == "lora" else rank
+
+
+def _rung(given: Mapping[str, Any], strategy: str, out: Path | None) -> Model:
+    """The same call of `finetune` with one strategy of the ladder, and the options that it leaves open."""
+    config = {name: value for name, value in given["config"].items() if name not in STRATEGIES[strategy]}
+    own = {"strategy": strategy, "out": out, "rank": given["rank"] if strategy == "lora" else None}
+    return finetune(**{**{name: value for name, value in given.items() if name != "config"}, **own, **config})
+
+
+def _adapted(model: Model, base: Model, rank: int, seed: int, verbose: bool) -> dict[str, int]:
+    """Freeze the backbone but for updates of this rank, and for what the base does not have; says what is trained."""
+    own = model.backbone.state_dict().keys() - base.backbone.state_dict().keys()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = adapt(model.backbone, rank, own)
+    if verbose:
+        trained, numbers = found["trained numbers"], found["numbers"]
+        console.print(f"LoRA: updates of rank {rank}, {trained:,} numbers in place of {numbers:,}, train the backbone")
+    return found
 
 
 def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], seed: int) -> tuple[Model, list[str]]:
@@ -213,19 +339,25 @@ def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], s
         model = Model(backbone, objective.outputs(backbone.width))
     model.to(dtype=next(base.parameters()).dtype)
 
-    kept = [
-        name
-        for name, head in model.heads.items()
-        if name in base.heads and described(head) == described(base.heads[name])
-    ]
+    kept = [name for name, head in model.heads.items() if name in base.heads and _goes_on(head, base.heads[name])]
     weights = base.state_dict()
-    shared = ("backbone.", "bond_vectors.", *(f"heads.{name}." for name in kept))
+    same = [name for name in kept if not isinstance(model.heads[name], LevelHead)]
+    shared = ("backbone.", "bond_vectors.", *(f"heads.{name}." for name in same))
     own = model.state_dict()
     model.load_state_dict({**own, **{k: v for k, v in weights.items() if k.startswith(shared) and k in own}})
     for name, head in model.heads.items():
         if name not in kept:
             head.calibrate(*objective.calibration(name, samples))  # type: ignore[operator]
+        elif isinstance(head, LevelHead):
+            head.start_from(base.heads[name])  # type: ignore[arg-type]
     return model, kept
+
+
+def _goes_on(head: nn.Module, base: nn.Module) -> bool:
+    """Whether a head can go on from one of the base: of the same arguments, or several levels from what they share."""
+    if isinstance(head, LevelHead):
+        head, base = head.head, base.head if isinstance(base, LevelHead) else base
+    return described(head) == described(base)
 
 
 def _trained(
@@ -239,6 +371,10 @@ def _trained(
     report: Mapping[str, Any],
     verbose: bool,
     base: Model | None = None,
+    *,
+    two: Beside | None = None,
+    ledger: Ledger | None = None,
+    updates: Mapping[str, int] | None = None,
 ) -> Model:
     """Run the loop, fill the card, write the run folder: the first process alone writes."""
     folder = folder if distributed.rank() == 0 else None
@@ -248,10 +384,10 @@ def _trained(
 
     last = None
     with bar(quiet=not verbose or config.n_steps == 0) as bars:
-        counting = bars.add_task("finding neighbours", total=len(data.train), note="")
+        counting = bars.add_task("finding neighbours", total=len(two.train if two else data.train), note="")
         task = bars.add_task("training", total=1.0, note="", start=False)
         progress = train(
-            model, objective, data.train, config, valid=data.valid, out=folder,
+            *_learned(model, objective, data, two), config, valid=two.valid if two else data.valid, out=folder,
             counting=lambda done: bars.update(counting, completed=done),
         )  # fmt: skip
         bars.remove_task(counting)
@@ -262,42 +398,67 @@ def _trained(
             best = "" if last.best is None else f" · best validation {last.best:.4g}"
             bars.update(task, completed=last.fraction, note=f"step {last.step} · loss {last.loss:.4g}{best}")
 
+    model.backbone = merged(model.backbone)
     stage = {
         "verb": asked["verb"],
         "objective": described(objective),
         "data": asked["data"],
         "structures": len(data.train),
         **({"leaks left out": len(asked["leaks"])} if "leaks" in asked else {}),
+        **known_of(data),
+        **({"teacher": asked["teacher"]} if "teacher" in asked else {}),
         "validation structures": len(data.valid),
         **distributed.from_first(lambda: _ending(last, folder)),
         "alignment": dict(report),
+        **({"lora": dict(updates)} if updates else {}),
+        **({"replay": two.said} if two else {}),
+        **({"forgetting": ledger.entry(two.base if two else model)} if ledger else {}),
         "transfermium": __version__,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+    if ledger and verbose:
+        show_forgetting(stage["forgetting"])
     model.card = distributed.from_first(lambda: card_of(model, objective, data, [*history, stage], base))
     if len(data.valid):
-        errors, parity = validated(model, objective, data.valid, config)
-        model.card["metrics"]["validation"] = without_elements(errors)
+        found = validated(model, objective, data.valid, config)
+        model.card["metrics"]["validation"] = without_elements(found.errors)
         if folder is not None:
-            write_json(folder / "validation.json", {"errors": errors, "parity": parity})
+            some, known = examples(data.valid, found.by_structure)
+            write_whole(folder / "validation.extxyz", some)
+            content = {"errors": found.errors, "parity": found.parity, "structures": known}
+            write_json(folder / "validation.json", content)
     model.to("cpu")
     if folder is not None:
         model.save(folder / "model.safetensors")
     return model.eval()
 
 
+def _learned(
+    model: Model, objective: Objective, data: TrainingData, two: Beside | None
+) -> tuple[Model, Objective, Sequence[ase.Atoms]]:
+    """What is trained, on what: with replay a model of two tasks, whose backbone and heads are those of the one."""
+    return (two.model, two.objective, two.train) if two else (model, objective, data.train)
+
+
 def _rehearsed(
-    model: Model, objective: Objective, data: TrainingData, config: TrainConfig, folder: Path | None, verbose: bool
+    model: Model,
+    objective: Objective,
+    data: TrainingData,
+    config: TrainConfig,
+    folder: Path | None,
+    verbose: bool,
+    two: Beside | None = None,
 ) -> Model:
     with bar(quiet=not verbose) as bars:
-        task = bars.add_task("finding neighbours", total=len(data.train), note="")
+        task = bars.add_task("finding neighbours", total=len(two.train if two else data.train), note="")
         cost = rehearse(
-            model, objective, data.train, config, valid=data.valid, out=folder,
+            *_learned(model, objective, data, two), config, valid=two.valid if two else data.valid, out=folder,
             counting=lambda done: bars.update(task, completed=done),
         )  # fmt: skip
     if verbose:
         console.print(table("", cost.rows()))
+    model.backbone = merged(model.backbone)
     model.card = {"dry run": cost._asdict()}
     return model.to("cpu").eval()
 
@@ -366,7 +527,8 @@ def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:
     }
 
 
-def _weights_fingerprint(model: Model) -> str:
+def weights_fingerprint(model: Model) -> str:
+    """A short hash of all numbers of a model."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

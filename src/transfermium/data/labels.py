@@ -5,7 +5,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,8 +102,32 @@ class Label:
             if not is_missing(raw, nan=self.quantity not in KEYS):
                 if self.classes:
                     return word(raw)
-                return _converted(atoms, self.quantity, (place, key, raw), self.given_unit, where)
+                value = _converted(atoms, self.quantity, (place, key, raw), self.given_unit, where)
+                return value if self.quantity in KEYS or self.factor == 1.0 else value * self.factor
         return None
+
+    def in_unit_of(self, other: "Label") -> "Label":
+        """The same label in the unit of another one, in which it is taken to be given where no unit was declared.
+
+        Raises `InputError` when one unit cannot be converted to the other.
+        """
+        given, wanted = _plain(self.given_unit or ""), _plain(other.unit)
+        if self.quantity in KEYS and (wanted in ("", _plain(self.unit))):
+            return self
+        per_atom = other.quantity in KEYS and _plain(other.given_unit or "").endswith("/atom")
+        same = self.given_unit in (None, other.given_unit) and not per_atom
+        known = {_plain(name): value for name, value in FACTORS["energy"].items()}
+        like = given.endswith("/atom") == wanted.endswith("/atom")
+        if self.quantity in KEYS or not (same or (like and given in known and wanted in known)):
+            own, its = self.given_unit or self.unit or other.given_unit, other.unit or "none was declared"
+            raise InputError(
+                f"'{self.quantity}' in {own} cannot be brought to the unit of '{other.quantity}' ({its}): declare "
+                "units of energy for both"
+            )
+        factor = other.factor if same else known[given] / known[wanted]
+        low, high, rms = (None if x is None else x * factor for x in (self.minimum, self.maximum, self.rms))
+        named = replace(self, unit=other.unit, given_unit=self.given_unit or other.given_unit, factor=factor)
+        return replace(named, minimum=low, maximum=high, rms=rms)
 
     def passed_over(self, atoms: Atoms) -> list[tuple[Place, str]]:
         """Where a structure has other values under a name of this quantity, from which `value` is not taken."""

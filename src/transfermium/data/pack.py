@@ -19,6 +19,7 @@ from ase import Atoms
 
 from ..errors import InputError
 from .labels import Label, Labels
+from .provenance import as_text, checked
 from .read import stream
 from .sequences import Lazy
 from .shard import (
@@ -178,13 +179,16 @@ def pack(
     labels: Labels | None = None,
     shard_size: int = 65536,
     level: str | None = None,
+    provenance: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> PackedSet:
     """Stream structures, or what `read` finds at a path or a list of paths, into Arrow IPC files in the folder `out`.
 
     `labels` puts labels into their canonical places and units first: what a calculator has besides is kept, but other
     values under a name of the same quantity are left out. `level` is the level of theory of structures whose `info` has
-    none under `level`. Memory holds one shard of `shard_size` structures (fewer, if they are large).
+    none under `level`, and `provenance` what else is known of the labels ("functional", "u", "pseudopotentials",
+    "code", "corrections") of those that say nothing under `provenance`. Memory holds one shard of `shard_size`
+    structures (fewer, if they are large).
 
     Every shard has its own schema: a stream may bring a new key, or text where there were numbers, after hours, and a
     schema common to all shards would need a second pass or columns without types. Values of one type are one column,
@@ -201,6 +205,7 @@ def pack(
     out = Path(out).absolute()
     if shard_size < 1:
         raise InputError(f"shard_size is {shard_size}: it must be at least 1")
+    usual = {LEVEL: level, ("info", "provenance"): as_text(checked(provenance).get("", {})) or None}
     before = _what_is_there(out)
     source = _structures(structures)
     n_structures = len(source) if isinstance(source, Sized) else None
@@ -213,7 +218,7 @@ def pack(
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:
-        header = _write_shards(shown, partial, labels, shard_size, level, before)
+        header = _write_shards(shown, partial, labels, shard_size, usual, before)
         if before is not None:
             if header != before.header:
                 raise _differs(out)
@@ -246,7 +251,7 @@ def _write_shards(
     folder: Path,
     labels: Labels | None,
     shard_size: int,
-    level: str | None,
+    usual: Mapping[Key, str | None],
     before: PackedSet | None,
 ) -> dict[str, Any]:
     """Write all shards into `folder` and return the header; stop where they begin to differ from those of `before`."""
@@ -279,8 +284,9 @@ def _write_shards(
         else:
             entries, others = _labelled(atoms, labels, f"structure {n_structures - 1}")
             left_out.update(others)
-        if level is not None:
-            entries.setdefault(LEVEL, level)
+        for key, value in usual.items():
+            if value is not None:
+                entries.setdefault(key, value)
         if isinstance(stated := entries.get(LEVEL), str):
             levels[stated] += 1
         left_out.update(shard.add(entries.items()))

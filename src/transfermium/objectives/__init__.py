@@ -2,8 +2,9 @@
 
 from .base import Objective, Quantity
 from .denoise import Denoise
+from .fidelity import Fidelities
 from .potential import Potential
 from .property import Property
 from .together import Together
 
-__all__ = ["Denoise", "Objective", "Potential", "Property", "Quantity", "Together"]
+__all__ = ["Denoise", "Fidelities", "Objective", "Potential", "Property", "Quantity", "Together"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..graph import Batch, Sample
 from ..model import Output, copied
+from ..nn import NodeInputs
 
 Backbone = TypeVar("Backbone")
 
@@ -45,8 +46,16 @@ class Objective:
         """What each output means; by default its own name, without unit."""
         return {}
 
+    def differences(self) -> dict[str, tuple[str, str]]:
+        """Outputs that are the difference between a quantity and a cheaper label: to these two; none by default."""
+        return {}
+
     def vector_inputs(self) -> tuple[str, ...]:
         """Vectors per atom that samples have as inputs, which the backbone has to be told; none by default."""
+        return ()
+
+    def scalar_inputs(self) -> tuple[str, ...]:
+        """Numbers that samples have as inputs, which the backbone has to be told; none by default."""
         return ()
 
     def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
@@ -79,17 +88,22 @@ class Objective:
 
 
 def told(backbone: Backbone, objective: Objective) -> Backbone:
-    """A new backbone like this one, which is told the vectors that samples of the objective have as inputs."""
-    has = tuple(getattr(backbone, "vector_inputs", ()))
-    wanted = tuple(dict.fromkeys([*has, *objective.vector_inputs()]))
-    if wanted == has:
-        return copied(backbone)
-    if not hasattr(backbone, "vector_inputs"):
-        raise InputError(
-            f"this objective tells the model {', '.join(wanted)} per atom, but {type(backbone).__name__} takes no "
-            "vector_inputs: choose another backbone"
-        )
-    return copied(backbone, vector_inputs=wanted)
+    """A new backbone like this one, which is told what samples of the objective have as inputs."""
+    changes: dict[str, tuple[str, ...]] = {}
+    for argument, asked in (("vector_inputs", objective.vector_inputs()), ("inputs", objective.scalar_inputs())):
+        has = tuple(getattr(backbone, argument, ()))
+        wanted = tuple(dict.fromkeys([*has, *asked]))
+        if wanted != has and not hasattr(backbone, argument):
+            raise InputError(
+                f"this objective tells the model {', '.join(wanted)} per atom, but {type(backbone).__name__} takes no "
+                f"{argument}: choose another backbone"
+            )
+        changes |= {argument: wanted} if wanted != has else {}
+    new: Backbone = copied(backbone, **changes)
+    blocks = [module for module in new.modules() if isinstance(module, NodeInputs)]  # type: ignore[attr-defined]
+    if lost := [name for name in objective.scalar_inputs() if not any(name in block.inputs for block in blocks)]:
+        raise InputError(f"{type(backbone).__name__} has no NodeInputs that takes {', '.join(lost)}: give it one")
+    return new
 
 
 def label(atoms: ase.Atoms, name: str, shape: tuple[int, ...]) -> np.ndarray:

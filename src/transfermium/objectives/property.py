@@ -25,6 +25,10 @@ class Property(Objective):
     With `uncertainty` an output NAME_std learns the standard deviation σ of the errors, in the unit of the label, by
     the robust loss √2 |y - t| / σ + ln(weight · σ), the likelihood of a Laplace distribution (arXiv:2303.03000).
 
+    With `minus` the model learns how much the label differs from a cheap value of the same quantity that the same
+    structures have ("delta learning"). Errors and predictions are of the quantity itself: the cheap value is added
+    again, which is therefore needed wherever the model is used. The bare output is called NAME_minus_CHEAP.
+
     Args:
         name: of the label and of the output.
         kind: "intensive" (a mean over atoms: band gap), "extensive" (a sum: polarisability) or "per-atom" (charge).
@@ -34,6 +38,7 @@ class Property(Objective):
         classes: number of classes, labelled 0, 1, ..., or the words that label them, in order.
         weight: of the error in the label's own unit; None is one over its standard deviation in the training set.
         uncertainty: of regression, learned too; errors then count by it, and `weight` only shifts the loss.
+        minus: label that is subtracted before, and added after; in the unit of the label, or in one that is declared.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Property(Objective):
         classes: int | list[str] = 2,
         weight: float | None = None,
         uncertainty: bool = False,
+        minus: str | None = None,
     ):
         if kind not in ("intensive", "extensive", "per-atom"):
             raise InputError(f"kind is '{kind}', but must be one of intensive, extensive, per-atom")
@@ -62,6 +68,12 @@ class Property(Objective):
             raise InputError(
                 f"'{name}' cannot name a property: use letters, digits and _, and --label {{name}}=KEY for the key"
             )
+        if minus is not None and not minus.isidentifier():
+            raise InputError(f"'{minus}' cannot name a label: use letters, digits and _, and --label {{name}}=KEY")
+        if minus == name:
+            raise InputError(f"'{name}' minus itself is nothing to learn: give minus the name of a cheaper label")
+        if minus is not None and task == "classification":
+            raise InputError("a class minus another is no class: leave minus out")
         self.name = name
         self.kind = kind
         self.task = task
@@ -69,10 +81,11 @@ class Property(Objective):
         self.classes = classes
         self.weight = weight
         self.uncertainty = uncertainty
+        self.minus = minus
 
     def outputs(self, width: int) -> dict[str, Output]:
         deviation: dict[str, Output] = {self.deviation: DeviationHead(width, self.kind)} if self.uncertainty else {}
-        return {self.name: self._head(width), **deviation}
+        return {self.output: self._head(width), **deviation}
 
     def _head(self, width: int) -> Head:
         classes = self.n_classes if self.task == "classification" else 0
@@ -85,28 +98,35 @@ class Property(Objective):
         return ScalarHead(width, "sum" if self.kind == "extensive" else self.pooling)
 
     @property
-    def deviation(self) -> str:
-        """The output that holds the uncertainty, where there is one."""
-        return f"{self.name}_std"
-
-    def labels(self) -> dict[str, bool]:
-        return {self.name: True}
-
-    def quantities(self) -> dict[str, Quantity]:
-        return {name: Quantity(name, "") for name in self._names}
-
-    def calibration(self, name: str, samples: Sequence[Sample]) -> tuple[str, Sequence[Sample]]:
-        return self.name, samples
-
-    def wanted(self, targets: Mapping[str, Any]) -> list[str]:
-        return self._names if self.name in targets else []
+    def output(self) -> str:
+        """The output that is compared with the label, or with its difference from the cheap one."""
+        return self.name if self.minus is None else f"{self.name}_minus_{self.minus}"
 
     @property
-    def _names(self) -> list[str]:
-        return [self.name, self.deviation] if self.uncertainty else [self.name]
+    def deviation(self) -> str:
+        """The output that holds the uncertainty, where there is one."""
+        return f"{self.output}_std"
+
+    def labels(self) -> dict[str, bool]:
+        return {name: True for name in (self.name, self.minus) if name is not None}
+
+    def quantities(self) -> dict[str, Quantity]:
+        meanings = {self.output: Quantity(self.name, "")}
+        return {**meanings, self.deviation: Quantity(f"{self.name}_std", "")} if self.uncertainty else meanings
+
+    def differences(self) -> dict[str, tuple[str, str]]:
+        return {} if self.minus is None else {self.output: (self.name, self.minus)}
+
+    def calibration(self, name: str, samples: Sequence[Sample]) -> tuple[str, Sequence[Sample]]:
+        return self.output, samples
+
+    def wanted(self, targets: Mapping[str, Any]) -> list[str]:
+        if self.output not in targets:
+            return []
+        return [self.output, self.deviation] if self.uncertainty else [self.output]
 
     def settled(self, samples: Sequence[Sample]) -> Property:
-        found = values(self.name, samples)
+        found = values(self.output, samples)
         if len(found) == 0:
             raise InputError(f"no training structure has '{self.name}': split the data in another way")
         if self.task == "classification":
@@ -129,7 +149,10 @@ class Property(Objective):
         word = atoms.info.get(self.name)
         if self.task == "classification" and isinstance(word, str):
             return Sample(atoms, {self.name: np.array([self._number(word)])})
-        return Sample(atoms, {self.name: label(atoms, self.name, (rows,))})
+        target = label(atoms, self.name, (rows,))
+        if self.minus is not None:
+            target = target - label(atoms, self.minus, (rows,))
+        return Sample(atoms, {self.output: target})
 
     @property
     def n_classes(self) -> int:
@@ -144,15 +167,15 @@ class Property(Objective):
         return float(names.index(word))
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Loss:
-        output, target = outputs[self.name], batch.targets[self.name]
+        output, target = outputs[self.output], batch.targets[self.output]
         weight = 1.0 if self.weight is None else self.weight
         if self.uncertainty:
-            return {self.name: _robust(output, outputs[self.deviation], target, weight)}
+            return {self.output: _robust(output, outputs[self.deviation], target, weight)}
         if self.task == "regression":
-            return {self.name: absolute_errors(output, target, weight)}
+            return {self.output: absolute_errors(output, target, weight)}
         present = torch.isfinite(target)
         entropy = F.cross_entropy(output[present], target[present].long(), reduction="sum")
-        return {self.name: (weight * entropy.double(), present.sum())}
+        return {self.output: (weight * entropy.double(), present.sum())}
 
 
 def _robust(output: Tensor, deviation: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:

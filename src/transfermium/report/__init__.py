@@ -3,5 +3,16 @@
 from .figures import forest, label_curves, loss_curves, parity
 from .page import Page
 from .run import run_report
+from .structures import Column, need_viewer, parity_columns
 
-__all__ = ["Page", "forest", "label_curves", "loss_curves", "parity", "run_report"]
+__all__ = [
+    "Column",
+    "Page",
+    "forest",
+    "label_curves",
+    "loss_curves",
+    "need_viewer",
+    "parity",
+    "parity_columns",
+    "run_report",
+]

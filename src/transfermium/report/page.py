@@ -1,4 +1,7 @@
-"""One self-contained page: text, tables and figures in a file that needs no network and runs no script."""
+"""One self-contained page: text, tables and figures in a file that needs no network.
+
+It runs no script, but where structures are shown: there the viewer and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from matplotlib.figure import Figure
 from .. import __version__
 from ..model import write_whole
 from .figures import styled
+from .structures import Column, need_viewer, scripts, view
 
 PAPERS = (  # idea, authors and journal, doi
     (
@@ -59,6 +63,7 @@ class Page:
         self._parts: list[str] = []
         self._numbers: str | None = None
         self._figures = 0
+        self._views = 0
 
     def heading(self, text: str) -> Page:
         return self._add(f"<h2>{escape(text)}</h2>")
@@ -108,6 +113,37 @@ class Page:
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 
+    def structures(
+        self,
+        structures: Sequence[ase.Atoms],
+        columns: Mapping[str, Column],
+        caption: str,
+        *,
+        x: str,
+        y: str,
+        colour: str | None = None,
+        parity: bool = False,
+    ) -> Page:
+        """Structures beside a plot of `y` against `x`; a click on a point shows its structure.
+
+        The first one makes the page 1.3 MB larger, and needs the package chemiscope. Without any structure that has `x`
+        and `y`, nothing is shown.
+
+        Args:
+            columns: name to one value for each structure; all can be chosen as axes and are listed for the structure.
+            colour: the column that colours the points, `y` by default.
+            parity: whether `x` and `y` are the same quantity: equal axes, and a line where both are equal.
+
+        Raises:
+            InputError: for a column that is missing or too short, and where chemiscope is not installed.
+        """
+        need_viewer()
+        part = view(f"v{self._views + 1}", structures, columns, caption, x, y, colour or y, parity)
+        if not part:
+            return self
+        self._views += 1
+        return self._add(part)
+
     def details(self, summary: str, content_text: str) -> Page:
         """Text in lines, folded away until it is asked for."""
         return self._add(f"<details><summary>{escape(summary)}</summary><pre>{escape(content_text)}</pre></details>")
@@ -139,17 +175,18 @@ class Page:
                 f'<p class="note">The numbers behind this page are embedded in it as JSON, '
                 f'and stand beside it in <a href="{escape(beside)}">{escape(beside)}</a>.</p>\n'
             )
+        script, policy = scripts() if self._views else ("", "")
         subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>\n' if self.subtitle else ""
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
-            # The browser itself refuses scripts and requests, whatever a file smuggled in.
+            # The browser itself refuses requests, and scripts that are not ours, whatever a file smuggled in.
             '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'\">\n"
+            f"content=\"default-src 'none'; {policy}style-src 'unsafe-inline'; img-src data:; base-uri 'none'\">\n"
             f'<link rel="icon" href="data:,">\n<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n'
             f'<body>\n<header>\n<p class="brand">transfermium</p>\n<h1>{escape(self.title)}</h1>\n{subtitle}</header>\n'
-            f"<main>\n{self._body()}\n</main>\n<footer>\n{_citation()}{link}{_versions()}</footer>\n{embedded}"
+            f"<main>\n{self._body()}\n</main>\n<footer>\n{_citation()}{link}{_versions()}</footer>\n{embedded}{script}"
             "</body>\n</html>\n"
         )
 
@@ -307,6 +344,14 @@ figure { margin: 0; flex: 1 1 20rem; min-width: min(100%, 16rem); break-inside: 
 figcaption { font-size: .875rem; margin-top: .45rem; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; overflow-x: auto; }
 .card svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
+.viewer {
+  display: flex; flex-wrap: wrap; gap: .5rem; margin: 1.1rem 0 .45rem; position: relative; overflow: visible;
+  color: #1c2128; color-scheme: light; line-height: 1.4;
+}
+.viewer .map, .viewer .side { flex: 1 1 20rem; height: 27rem; min-width: 0; position: relative; }
+.viewer .side { display: flex; flex-direction: column; }
+.viewer .structure { flex: 1; min-height: 0; position: relative; }
+.viewer .waiting { position: absolute; inset: 1rem; color: #59636e; }
 details { border-top: 1px solid var(--line); padding: .5rem 0; }
 details + :not(details) { border-top: 1px solid var(--line); padding-top: .5rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -322,6 +367,6 @@ footer h2 { font-size: 1rem; margin-top: 1.2rem; }
   .scroll, .long, pre { overflow: visible; max-height: none; white-space: normal; }
   pre { white-space: pre-wrap; }
   .long thead th { position: static; box-shadow: none; }
-  tr { break-inside: avoid; }
+  tr, .viewer { break-inside: avoid; }
 }
 """.replace("FONTS", FONTS)

@@ -7,18 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ase.io
+import numpy as np
 from ase.data import atomic_numbers
 
-from ..align import reference_shifts
+from ..align import not_told_apart, reference_shifts, residual
 from ..data.labels import Label, Labels
 from ..data.split import Split
 from ..errors import InputError
 from ..evaluate import PRINTED, printable
 from ..model import Model, load
 from ..probe import told_of_probe
+from ..replay import forgetting, told_of_ledger
 from ..train import read_metrics
+from ..unseen import unseen_in_words
 from .figures import loss_curves, parity
 from .page import Page
+from .structures import Column, parity_columns
 
 MOST_ROWS = 2_000  # of metrics that the page carries; metrics.csv has them all
 VERBS = {"pretrain": "trained from scratch", "finetune": "fine-tuned"}
@@ -27,11 +32,15 @@ TITLES = {"pretrain": "Pre-training", "finetune": "Fine-tuning"}
 Content = Mapping[str, Any]
 
 
-def run_report(out: str | Path) -> Path:
+def run_report(out: str | Path, *, viewer: bool = False) -> Path:
     """Write report.html, and report.json with its numbers, into the folder of a finished run.
 
+    Args:
+        viewer: also show the validation structures beside their parity plot. The page then holds their geometries,
+            is at least 1.3 MB large and runs scripts; the package chemiscope must be installed.
+
     Raises:
-        InputError: when `out` is not the folder of a run, or the run has not finished.
+        InputError: when `out` is not the folder of a run, the run has not finished, or it kept no structures to show.
     """
     out = Path(out)
     config = _read(out / "config.json", "a run of transfermium")
@@ -64,10 +73,13 @@ def run_report(out: str | Path) -> Path:
         )
 
     _show_errors(page, errors, points)
+    if viewer and validation:
+        _show_structures(page, out, validation.get("structures"), names)
     _show_training(page, metrics)
     _show_data(page, labels, split, card, stage)
     if stage["verb"] == "finetune":
         _show_alignment(page, stage["alignment"])
+        _show_strategy(page, stage)
     page.heading("History of the model").table(
         [_stage_row(number, past) for number, past in enumerate(card["history"], 1)],
         "Stages of training, oldest first.",
@@ -86,6 +98,7 @@ def run_report(out: str | Path) -> Path:
             "split": {**_sizes(split, stage), "by": split.by, "reason": split.reason},
             "errors": validation.get("errors", {}),
             "parity": validation.get("parity", {}),
+            **({"structures": validation["structures"]} if viewer and validation else {}),
             "metrics": {"every": every, "rows": [r for i, r in enumerate(metrics) if i % every == 0 or "valid" in r]},
             "parameters": _parameters(model),
             "card": {name: value for name, value in card.items() if name != "labels"},
@@ -157,6 +170,39 @@ def _show_errors(page: Page, errors: Content, points: Content) -> None:
         )
 
 
+def _show_structures(page: Page, out: Path, kept: Content | None, names: Mapping[str, str]) -> None:
+    file = out / "validation.extxyz"
+    if kept is None or not file.exists():
+        raise InputError(f"{out} has no {file.name}: it was made by an older version, so give no viewer")
+    structures = list(ase.io.iread(file, format="extxyz"))
+    columns: dict[str, Column] = {}
+    compared, spreads = [], []
+    for name, found in kept["known"].items():
+        quantity = names.get(name, name)
+        if "rmse" in found:
+            unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
+            values = np.array(found["rmse"], float) * factor
+            spreads.append(f"{quantity}, RMSE")
+            columns[spreads[-1]] = Column(values.tolist(), unit)
+        else:
+            compared.append(quantity)
+            columns |= parity_columns(quantity, found["label"], found["prediction"], found["unit"])
+    if not columns:
+        return
+    columns["atoms"] = Column([len(atoms) for atoms in structures])
+    columns["validation structure"] = Column(kept["index"])
+    columns["formula"] = Column([str(atoms.symbols) for atoms in structures])
+    some = "" if len(structures) == kept["of"] else f" ({len(structures):,} of {kept['of']:,} are kept, evenly spaced)"
+    if compared:
+        x, y = (f"{compared[0]}, {what}" for what in ("label", "prediction"))
+        colour = spreads[0] if spreads else f"{compared[0]}, absolute error"
+        text = f"Predicted against labelled {compared[0]} of each validation structure{some}; the colour is {colour}"
+    else:
+        x, y, colour = "atoms", spreads[0], spreads[0]
+        text = f"{y}, of each validation structure{some}, against its number of atoms"
+    page.structures(structures, columns, text, x=x, y=y, colour=colour, parity=bool(compared))
+
+
 def _show_training(page: Page, metrics: Sequence[Content]) -> None:
     page.heading("Training")
     if not metrics:
@@ -213,13 +259,45 @@ def _show_alignment(page: Page, report: Content) -> None:
             f"{report[f'elements told apart{of}']} elements apart: where they do not, only sums of shifts have a "
             "meaning."
         )
+        if together := report.get(f"not told apart{of}"):
+            page.text(_sentence(not_told_apart(together)))
+    for name, found in report.get("residual", {}).items():
+        page.text(_sentence(residual(name, found)))
+    for words in unseen_in_words(report):
+        page.text(_sentence(words))
     if kept and not every and not report.get("shift"):
         page.text("No reference was fitted again.")
 
 
+def _show_strategy(page: Page, stage: Content) -> None:
+    """What LoRA trained, what was replayed, and what the base forgot."""
+    if lora := stage.get("lora"):
+        page.heading("Low-rank updates").text(
+            f"The backbone was frozen but for updates of rank {lora['rank']}: {lora['trained numbers']:,} numbers were "
+            f"trained in place of {lora['numbers']:,}, and merged into its weights."
+        )
+    if replay := stage.get("replay"):
+        labels = "the base itself" if replay["labels"] == "base" else "their data"
+        page.heading("Replay").text(
+            f"The base's own task was learned beside the new one, with weight {replay['weight']:g}, on "
+            f"{_count(replay['structures'], 'structure')} ({replay['from']}) labelled by {labels}."
+        )
+    if entry := stage.get("forgetting"):
+        page.heading("What the base forgot").table(
+            [{**row, "unit": _power(row["unit"])} for row in forgetting(entry)],
+            f"{told_of_ledger(entry)}, before and after this stage; with the base's own references and units, so that "
+            "no alignment counts as forgetting.",
+        )
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
 def _show_elements(page: Page, card: Content, errors: Content) -> None:
     references = card.get("references (eV)", {})
-    shifts = card["history"][-1]["alignment"].get("reference shift (eV)", {})
+    alignment = card["history"][-1]["alignment"]
+    shifts, labelled = alignment.get("reference shift (eV)", {}), alignment.get("labels per element", {})
     rows = []
     for symbol, n in sorted(card.get("elements", {}).items(), key=lambda item: atomic_numbers.get(item[0], 0)):
         row = {"element": symbol, "atoms in training": n}
@@ -229,6 +307,7 @@ def _show_elements(page: Page, card: Content, errors: Content) -> None:
             row["reference (eV)"] = f"{references[symbol]:.3f}"
         if symbol in shifts:
             row["shift (eV)"] = f"{shifts[symbol]:+.3f}"
+            row["energy labels"] = labelled.get(symbol, 0)
         for name, found in errors.items():
             unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
             error = found.get("per_element", {}).get(symbol)

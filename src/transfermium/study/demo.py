@@ -194,7 +194,7 @@ def _page(result: Mapping[str, Any], sentence: str, steps: int, pretraining: int
         page.table(_table(result, quantity), f"Error of {name}, {unit}: mean over seeds (lowest to highest)")
 
     page.heading("One model against its test set")
-    predicted = predict(example, test, verbose=False)
+    predicted = predict(example, test, allow_unseen=True, verbose=False)
     for name, unit in (("forces", "eV/Å"), ("energy", "eV/atom")):
         label, prediction = (np.concatenate([_per_atom(a, name) for a in side]).tolist() for side in (test, predicted))
         points = {"label": label, "prediction": prediction, "unit": unit}

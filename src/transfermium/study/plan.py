@@ -19,6 +19,7 @@ from ..data.sequences import Joined, Subset
 from ..data.split import materials
 from ..errors import InputError
 from ..objectives import Denoise, Objective, Potential, Together
+from ..objectives.together import Parts
 from ..run import fingerprint
 from ..train import parse_time
 from .cells import Cell
@@ -71,7 +72,6 @@ class Plan:
         quiet: bool,
     ):
         self.out, self.targets, self.label, self.unit = out, targets, dict(label), dict(unit)
-        self.given = list(levels)
         known = [resolve(level, [], labels=label, units=unit, optional=list(KEYS)) for level in levels.values()]
         self.labels = {name for name in KEYS if all(name in labels for labels in known)}
         self.pools: dict[str, str] = {}  # names of packed sets
@@ -80,9 +80,13 @@ class Plan:
         self.ids: dict[str, str] = {}
         tests: list[Sequence[Atoms]] = []
         for name, target in targets.items():
-            pool, test = self._divided(name, target)
+            if isinstance(target.objective, Potential) and len(levels) > 1:
+                raise InputError(
+                    f"the target {name} has energies, and {', '.join(levels)} each have their own: choose one level"
+                )
+            pool, test = divided(name, target)
             tests.append(test)
-            self.pools[name], self.tests[name] = self._packed(f"{name}-pool", pool), self._packed(f"{name}-test", test)
+            self.pools[name], self.tests[name] = packed(out, f"{name}-pool", pool), packed(out, f"{name}-test", test)
             self.ids[name] = fingerprint(test)
             self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
             if self.sizes[name][-1] > len(pool):
@@ -90,22 +94,22 @@ class Plan:
                     f"{name} has {len(pool)} structures to train on, not {self.sizes[name][-1]}: ask for fewer"
                 )
         held_out = [atoms for test in tests for atoms in test]
-        divided = {name: without(level, held_out, quiet=quiet) for name, level in levels.items()}
-        self.leaks = summary([leak for _, found in divided.values() for leak in found], sum(map(len, levels.values())))
+        sides = {name: without(level, held_out, quiet=quiet) for name, level in levels.items()}
+        self.leaks = summary([leak for _, found in sides.values() for leak in found], sum(map(len, levels.values())))
         near = []
         self.levels: dict[str, str] = {}
-        for name, (kept, _) in divided.items():
+        for name, (kept, _) in sides.items():
             if not len(kept):
                 raise InputError(
                     "every structure to pre-train on is also in a test set: there is nothing to learn from"
                 )
             near.append(Subset(kept, nearest_equilibrium(kept, label, unit)))
-            self.levels[name] = self._packed(f"pretraining{name and '-'}{name}", kept)
+            self.levels[name] = packed(out, f"pretraining{name and '-'}{name}", kept)
         relaxed = Joined(near) if len(near) > 1 else near[0]
-        self.relaxed = self._packed("relaxed", relaxed)
+        self.relaxed = packed(out, "relaxed", relaxed)
         self.own_counts: dict[str, str] = {}
         self.own = {name: self._own(name, arm, held_out, quiet) for name, arm in own.items()}
-        self.counts = {"structures": sum(len(kept) for kept, _ in divided.values()), "relaxed": len(relaxed)}
+        self.counts = {"structures": sum(len(kept) for kept, _ in sides.values()), "relaxed": len(relaxed)}
         if not quiet:
             for text in Denoise().warnings(
                 [relaxed[i] for i in np.unique(np.linspace(0, len(relaxed) - 1, 500).astype(int))]
@@ -128,7 +132,7 @@ class Plan:
                 console.print(f"[yellow]{name}: {text}[/yellow]")
         if not len(kept):
             raise InputError(f"every structure of the arm {name} is also in a test set: there is nothing to learn from")
-        return self._packed(f"own-{name}", kept)
+        return packed(self.out, f"own-{name}", kept)
 
     def objectives(self, arms: Sequence[str] | Mapping[str, Objective | Arm] | None) -> dict[str, Objective | None]:
         """Arms and their objectives of pre-training, None where there is no such stage."""
@@ -209,34 +213,30 @@ class Plan:
         }
         return Cell(key, tuned, arguments, needs)
 
-    def _divided(self, name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
-        """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides."""
-        if isinstance(target.objective, Together):
-            raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
-        if isinstance(target.objective, Potential) and len(self.given) > 1:
-            raise InputError(
-                f"the target {name} has energies, and {', '.join(self.given)} each have their own: choose one level"
-            )
-        everything = _labelled(name, read(target.structures), target)
-        if target.test is not None:
-            pool, test = everything, _labelled(f"{name} (test)", read(target.test), target)
-        else:
-            parts = split(everything, 0.2, seed=0)
-            pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
-        pool, found = without(pool, test, quiet=True)
-        if found:
-            console.print(f"{name}: {summary(found, len(pool) + len(found))} into its test set; they are left out")
-        if len(pool) < 5 or not len(test):
-            raise InputError(
-                f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few"
-            )
-        return pool, test
 
-    def _packed(self, name: str, structures: Sequence[Atoms]) -> str:
-        """Pack them into the folder of the study; their name there is part of what makes a cell another one."""
-        name = f"{name}-{fingerprint(structures)}"
-        pack(structures, self.out / "data" / name, progress=False)
-        return name
+def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
+    """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides."""
+    if isinstance(target.objective, Parts):
+        raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
+    everything = _labelled(name, read(target.structures), target)
+    if target.test is not None:
+        pool, test = everything, _labelled(f"{name} (test)", read(target.test), target)
+    else:
+        parts = split(everything, 0.2, seed=0)
+        pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
+    pool, found = without(pool, test, quiet=True)
+    if found:
+        console.print(f"{name}: {summary(found, len(pool) + len(found))} into its test set; they are left out")
+    if len(pool) < 5 or not len(test):
+        raise InputError(f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few")
+    return pool, test
+
+
+def packed(out: Path, name: str, structures: Sequence[Atoms]) -> str:
+    """Pack them into the folder of the study; their name there is part of what makes a cell another one."""
+    name = f"{name}-{fingerprint(structures)}"
+    pack(structures, out / "data" / name, progress=False)
+    return name
 
 
 def _labelled(name: str, structures: Sequence[Atoms], target: Target) -> Subset:

@@ -17,7 +17,8 @@ from ..data.split import materials
 from ..errors import InputError
 from ..evaluate import compared, objective_of
 from ..model import Model
-from ..objectives import Objective, Together
+from ..objectives import Objective
+from ..objectives.together import Parts
 from ..transfer import finetune, pretrain
 from .cells import Done
 
@@ -40,10 +41,10 @@ def pretrained(
     """Pre-train one arm; returns what it took."""
     torch.set_num_threads(1)  # or threads that wait would count as work
     model = pretrain(
-        _data(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
+        packed_at(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
         label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
     )  # fmt: skip
-    return _cost(model)
+    return cost_of(model)
 
 
 def tuned(
@@ -67,7 +68,7 @@ def tuned(
 ) -> dict[str, Any]:
     """Fine-tune one arm on some labels of a target, and test it; a run that diverges has no validation loss."""
     torch.set_num_threads(1)
-    everything = read(_data(folder, pool))
+    everything = read(packed_at(folder, pool))
     members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
     options: dict[str, Any] = {
         "processor_time": time, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
@@ -83,9 +84,9 @@ def tuned(
         if "not finite" not in str(error):
             raise
         return {"arm": arm, "lr": lr, "validation loss": None}  # never chosen
-    tests = read(_data(folder, test))
+    tests = read(packed_at(folder, test))
     quantity, wanted, errors = _errors(model, tests, label, unit)
-    cost = _cost(model)
+    cost = cost_of(model)
     return {
         "target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr,
         "quantity": quantity, "mae": float(np.mean(errors)), "unit": wanted, "steps": cost["steps"],
@@ -113,7 +114,7 @@ def _errors(
     return name, f"{meaning[1]}/atom" if name == "energy_per_atom" else meaning[1], errors
 
 
-def _cost(model: Model) -> dict[str, Any]:
+def cost_of(model: Model) -> dict[str, Any]:
     stage = model.card["history"][-1]
     return {
         "steps": stage["steps"],
@@ -122,17 +123,17 @@ def _cost(model: Model) -> dict[str, Any]:
     }
 
 
-def _data(cell: Path, names: Any) -> Any:
+def packed_at(cell: Path, names: Any) -> Any:
     """Paths of packed sets, from the folder of a cell of the same study."""
     if isinstance(names, str):
         return str(cell.parents[1] / "data" / names)
     if isinstance(names, Mapping):
-        return {level: _data(cell, name) for level, name in names.items()}
-    return [_data(cell, name) for name in names]
+        return {level: packed_at(cell, name) for level, name in names.items()}
+    return [packed_at(cell, name) for name in names]
 
 
 def _of(objective: Objective, named: Mapping[str, str]) -> dict[str, str]:
     """What is said of labels, as far as the objective wants them; of several levels, for each."""
-    if isinstance(objective, Together):
+    if isinstance(objective, Parts):
         return {f"{n}.{k}": text for n, part in objective.parts.items() for k, text in _of(part, named).items()}
     return {name: text for name, text in named.items() if name in objective.labels()}

@@ -1,0 +1,530 @@
+"""How many labels pre-training saves: error against number of labels, with and without it, and intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich
+from ase import Atoms
+
+from ..backbones import Backbone, TensorNet
+from ..console import console, table
+from ..data import read
+from ..data.leakage import summary as leaked
+from ..data.leakage import without
+from ..data.read import Source
+from ..data.sequences import Subset
+from ..data.split import by_key, materials, nested, split
+from ..errors import InputError
+from ..model import Model, copied, described, load
+from ..objectives import Objective
+from ..objectives.together import Parts
+from ..run import fingerprint, write_json
+from ..train import parse_time
+from ..transfer import weights_fingerprint
+from .bakeoff_page import finite
+from .baselines import baselines, compositions_of
+from .cells import Cell, run
+from .curve_laws import MARGIN, Arm, Curves, goal_of, name_of, summary
+from .curve_page import page, rows
+from .plan import Target, divided, packed
+from .points import FEW, LONG, REPLAY, SCRATCH, TOGETHER, UNTRAINED, based, point, scalar_of, scalars, untouched
+
+ARMS = (SCRATCH, LONG, "zero-shot", "aligned", "probe", "head", "lora", "full", REPLAY, TOGETHER)
+ASIDE = 0.1  # of what bases are pre-trained on, for a ledger, where something is replayed
+BASELESS = (SCRATCH, LONG, TOGETHER)
+USUAL = (SCRATCH, "aligned", "full")
+RATES = (2e-3, 5e-4)
+FEWEST = 5  # labels of the smallest size
+SHARE = 0.7  # of a budget that is trained: the rest is reading, testing and starting
+LEAST = 2.0  # seconds of a fine-tuning below which a budget is refused
+
+
+def curve(
+    structures: Source,
+    objective: Objective,
+    out: str | Path,
+    *,
+    base: str | Path | Model | None = None,
+    part: str | None = None,
+    base_data: Source | None = None,
+    base_objective: Objective | None = None,
+    base_sizes: Sequence[int] | None = None,
+    backbone: Backbone | None = None,
+    arms: Sequence[str] = USUAL,
+    sizes: Sequence[int] | None = None,
+    seeds: int = 3,
+    test: Source | None = None,
+    split_key: str | None = None,
+    pretraining: str = "5min",
+    tuning: str = "30s",
+    budget: str | None = None,
+    rates: Sequence[float] = RATES,
+    edges: int = 5_000,
+    target: str | float | None = None,
+    cost_per_label: str | float | None = None,
+    margin: float = MARGIN,
+    label: Mapping[str, str] | None = None,
+    unit: Mapping[str, str] | None = None,
+    base_label: Mapping[str, str] | None = None,
+    base_unit: Mapping[str, str] | None = None,
+    executor: Executor | str | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure how many labels pre-training saves, and how many more an error takes.
+
+    Every arm gets the same labels (each size within the next, all labels that are touched counted, validation
+    included), the same time and the same choice of learning rates, by validation labels of the first seed. Test
+    structures are frozen before anything is trained: no material of theirs is among the labels, or in `base_data`.
+
+    Args:
+        structures: with the expensive labels.
+        objective: what to learn of them.
+        out: folder of the study; the same call goes on where it was stopped.
+        base: a pre-trained model, or its file; `part` names one of its several objectives.
+        base_data: or structures to pre-train bases on, one for each seed, by `base_objective` (as `objective` by
+            default), each for the time `pretraining`.
+        base_sizes: numbers of those structures, for a curve over them too; all of them by default.
+        backbone: of bases that are pre-trained here, TensorNet(32, 2) by default.
+        arms: "scratch" and any of "scratch_long" (from scratch for the time of both stages), "zero-shot", "aligned",
+            "probe", "head", "lora", "full" and "replay" (see `finetune`; a tenth of `base_data` is then set aside to
+            measure what each arm forgets), or "multi-fidelity": both levels together from the start (`Fidelities`), for
+            the time of both stages.
+        sizes: numbers of labels, doubled from ten on by default. Below ten all labels train and nothing is validated.
+        seeds: of labels, weights and bases; at least two, or there are no intervals.
+        test: structures to test on; by default those that `split_key` names ("split", or "fold=0"), or a fifth.
+        pretraining, tuning: processor time of the stages, such as "30s", or a number of steps, such as "300steps".
+        budget: wall-clock time of the whole study instead, such as "30min"; after each seed the half of the trained
+            arms with the larger validation errors is dropped, scratch never.
+        rates: learning rates that each trained arm tries.
+        edges: most edges in a batch.
+        target: an error to reach, such as "43meV/atom".
+        cost_per_label: hours, or a time such as "90min", of one expensive calculation.
+        margin: difference of exponents below which two slopes are said to be equal.
+        label, unit: keys and units of the expensive labels; `base_label`, `base_unit` those of `base_data`.
+        executor, workers: where cells are computed; see `cells.run`.
+
+    Returns:
+        What is also in curve.json: "arms", "sizes", "seeds", "errors", "fits", "factors", "baselines", "verdict", ...
+
+    Raises:
+        InputError: for arms, sizes, labels or a budget that make no curve.
+    """
+    study = Study(
+        structures, objective, Path(out), base, part, base_data, base_objective, base_sizes, backbone, arms, sizes,
+        seeds, test, split_key, rates, edges, (label or {}, unit or {}), (base_label or {}, base_unit or {}), quiet,
+    )  # fmt: skip
+    cost = None if cost_per_label is None else _hours(cost_per_label)
+    if budget is None:
+        study.bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
+    else:
+        study.bounds = study.within(parse_time(budget), workers or 1)
+    if not quiet:
+        console.print(study.price())
+    fan_out: dict[str, Any] = {"executor": executor, "workers": workers, "quiet": quiet}
+    points = study.run(fan_out, halving=budget is not None)
+
+    curves = Curves(points, study.groups)
+    goal = None if target is None else goal_of(target, curves.units)
+    result: dict[str, Any] = {
+        "settings": {
+            **study.bounds, "budget": budget, "rates": list(rates), "edges": edges, "cost per label (h)": cost,
+            "objective": described(objective), "backbone": described(study.backbone),
+        },
+        "arms": list(dict.fromkeys(name_of(arm) for arm in curves.arms)),
+        "sizes": study.sizes,
+        "base sizes": study.base_sizes,
+        "seeds": seeds,
+        "test structures": study.n_test,
+        "test materials": len(set(study.groups)),
+        "labels at hand": study.n_pool,
+        "leaks": study.leaks,
+        "base": study.said_of_base,
+        "dropped": study.dropped,
+        "errors": [row for point in points for row in _rows(point)],
+        "baselines": study.baselines(curves.units, fan_out),
+        **summary(curves, chosen=study.best(points), goal=goal, cost=cost, margin=margin, labels=study.n_pool),
+    }  # fmt: skip
+    result = finite(result)
+    write_json(study.out / "curve.json", result)
+    path = page(result).write(study.out / "report.html")
+    if not quiet:
+        for quantity in result["units"]:
+            rich.print(table(f"Errors of {quantity}", rows(result, quantity)))
+        rich.print(result["verdict"])
+        console.print(f"Report: {path.resolve()}")
+    return result
+
+
+class Study:
+    """The data of a curve, divided and packed, and its cells."""
+
+    def __init__(
+        self,
+        structures: Source,
+        objective: Objective,
+        out: Path,
+        base: str | Path | Model | None,
+        part: str | None,
+        base_data: Source | None,
+        base_objective: Objective | None,
+        base_sizes: Sequence[int] | None,
+        backbone: Backbone | None,
+        arms: Sequence[str],
+        sizes: Sequence[int] | None,
+        seeds: int,
+        test: Source | None,
+        split_key: str | None,
+        rates: Sequence[float],
+        edges: int,
+        named: tuple[Mapping[str, str], Mapping[str, str]],
+        base_named: tuple[Mapping[str, str], Mapping[str, str]],
+        quiet: bool,
+    ):
+        self.out, self.objective, self.part, self.seeds = out, objective, part, seeds
+        self.rates, self.edges, self.named, self.base_named = rates, edges, named, base_named
+        self.bounds: dict[str, Any] = {}
+        self.dropped: list[str] = []
+        self.arms = list(dict.fromkeys([SCRATCH, *arms]))
+        if (base is None) == (base_data is None):
+            raise InputError("a curve needs a base model, or else data to pre-train one on (--base or --base-data)")
+        if seeds < 1:
+            raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
+        if not rates:
+            raise InputError("no learning rate to try: give at least one")
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise InputError(f"there is no arm '{arm}': choose among {', '.join(ARMS)}")
+        if isinstance(objective, Parts):
+            raise InputError(f"a curve is of one objective, not of {objective!r}")
+
+        if base_data is None and (needy := {REPLAY, TOGETHER} & set(self.arms)):
+            raise InputError(f"the arm '{min(needy)}' learns the base's structures too: give them as base_data")
+
+        if split_key is not None and test is not None:
+            raise InputError("test structures are given, and named by a key too: leave one out")
+        if split_key is not None:
+            structures, test = _by(split_key, read(structures))
+        pool, tests = divided("target", Target(structures, objective, test, *named))
+        self.n_pool, self.n_test = len(pool), len(tests)
+        self.groups = materials(tests).tolist()
+        self.ids = fingerprint(tests)
+        self.sizes = _sizes(sizes, len(pool))
+        self.pool_atoms, self.test_atoms = pool, tests
+        self.pool, self.test = packed(out, "pool", pool), packed(out, "test", tests)
+
+        self.model: str | None = None
+        self.base_sizes: list[int] = []
+        self.leaks = ""
+        if base is not None:
+            self._take(base, backbone, base_objective, base_sizes)
+        else:
+            assert base_data is not None
+            self.backbone = TensorNet(32, 2) if backbone is None else backbone
+            self._prepare(read(base_data), base_objective or objective, base_sizes, tests, quiet)
+
+    def _take(
+        self, base: str | Path | Model, backbone: Backbone | None, objective: Objective | None, sizes: Any
+    ) -> None:
+        """A model as the base of all seeds, saved beside the study under a name that changes with it."""
+        for given, name in ((backbone, "backbone"), (objective, "base_objective"), (sizes, "base_sizes")):
+            if given is not None:
+                raise InputError(f"{name} is of bases that are pre-trained here: leave it out, or give base_data")
+        found = base if isinstance(base, Model) else load(base)
+        self.backbone = copied(found.whole(self.part, list(self.objective.labels())).backbone)
+        folder = self.out / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = f"base-{weights_fingerprint(found)}.safetensors"
+        if not (folder / self.model).exists():
+            found.save(folder / self.model)
+        self.said_of_base = (
+            f"{base if not isinstance(base, Model) else 'a model'}: what it was trained on is not compared with the "
+            "test structures; if it has seen them, its arms look better than they are"
+        )
+
+    def _prepare(
+        self,
+        data: Sequence[Atoms],
+        objective: Objective,
+        sizes: Sequence[int] | None,
+        tests: Sequence[Atoms],
+        quiet: bool,
+    ) -> None:
+        kept, found = without(data, tests, quiet=quiet)
+        self.leaks = leaked(found, len(data))
+        if not len(kept):
+            raise InputError("every structure to pre-train on is also in the test set: there is nothing to learn from")
+        self.ledger: str | None = None
+        if REPLAY in self.arms:
+            sides = split(kept, ASIDE, seed=0)
+            self.ledger = packed(self.out, "ledger", Subset(kept, sides.valid))
+            kept = Subset(kept, sides.train)
+        self.base_sizes = sorted(set(sizes or [len(kept)]))
+        if not 0 < self.base_sizes[0] <= self.base_sizes[-1] <= len(kept):
+            raise InputError(f"base sizes {self.base_sizes} cannot be taken from {len(kept)} structures: ask for fewer")
+        self.base_objective, self.base_pack = objective, packed(self.out, "base", kept)
+        many = " or ".join(f"{n:,}" for n in self.base_sizes)
+        self.said_of_base = f"pre-trained on {many} structures, anew for each seed"
+        if not quiet:
+            console.print(f"Pre-training on {many} structures; {self.leaks}")
+
+    # ------------------------------------------------------------------------------------------------------- cells
+
+    def cases(self) -> list[Arm]:
+        """Arms and the sizes of their bases; only the last of the trained arms is drawn over all of these."""
+        trained = [arm for arm in self.arms if arm not in (SCRATCH, LONG, TOGETHER, *UNTRAINED)]
+        swept = next((arm for arm in ("full", *trained) if arm in trained), None)
+        several = len(self.base_sizes) > 1
+        found: list[Arm] = []
+        for arm in self.arms:
+            if arm in BASELESS or not several:
+                found.append((arm, None))
+            else:
+                found += [(arm, m) for m in (self.base_sizes if arm == swept else self.base_sizes[-1:])]
+        return found
+
+    def cell(self, case: Arm, n_train: int, seed: int, lr: float) -> Cell:
+        arm, m = case
+        bound = dict(self.bounds["tuning"])
+        if arm in (LONG, TOGETHER):
+            bound = _sum(bound, self.bounds["pretraining"])
+        key = {"arm": arm, "n_train": n_train, "seed": seed, "lr": lr}
+        arguments: dict[str, Any] = {
+            "pool": self.pool, "test": self.test, "ids": self.ids, "objective": self.objective,
+            "architecture": self.backbone, "bound": bound, "edges": self.edges, "label": dict(self.named[0]),
+            "unit": dict(self.named[1]),
+        }  # fmt: skip
+        if arm in (REPLAY, TOGETHER):
+            arguments["old"] = {
+                "data": self.base_pack, "objective": self.base_objective, "label": dict(self.base_named[0]),
+                "unit": dict(self.base_named[1]),
+            }  # fmt: skip
+        if arm in BASELESS:
+            return Cell(key, point, arguments)
+        if self.base_sizes and self.ledger is not None:
+            arguments["ledger"] = self.ledger
+        if m is not None:
+            key["n_pretraining"] = m
+        base, needs = self._base(m, seed)
+        return Cell(key, point, {**arguments, **base}, needs)
+
+    def _base(self, m: int | None, seed: int) -> tuple[dict[str, Any], dict[str, Cell]]:
+        if self.model is not None:
+            return {"model": self.model, **({} if self.part is None else {"part": self.part})}, {}
+        key = {"n_pretraining": m or self.base_sizes[-1], "seed": seed}
+        arguments = {
+            "data": self.base_pack, "objective": self.base_objective, "architecture": self.backbone,
+            "bound": self.bounds["pretraining"], "edges": self.edges, "label": dict(self.base_named[0]),
+            "unit": dict(self.base_named[1]),
+        }  # fmt: skip
+        return {}, {"base": Cell(key, based, arguments)}
+
+    def run(self, fan_out: Mapping[str, Any], halving: bool) -> list[dict[str, Any]]:
+        """All points, at learning rates that validation labels of the first seed chose."""
+        cases = self.cases()
+        trained = [case for case in cases if case[0] not in UNTRAINED]
+        search = {
+            (case, n): [self.cell(case, n, 0, rate) for rate in self.rates]
+            for case in trained
+            for n in self.sizes
+            if n >= FEW
+        }
+        found = self._done((cell for tried in search.values() for cell in tried), fan_out)
+        rate_of = {at: self._rate([found[cell] for cell in tried]) for at, tried in search.items()}
+
+        def cells(seed: int, cases: Iterable[Arm]) -> Iterator[Cell]:
+            for n in self.sizes:
+                for case in cases:
+                    near = min((at for at in rate_of if at[0] == case and at[1] >= n), default=None, key=lambda a: a[1])
+                    yield self.cell(case, n, seed, rate_of[near] if near else self.rates[0])
+
+        if not halving:
+            every = [cell for seed in range(self.seeds) for cell in cells(seed, cases)]
+            found = self._done(every, fan_out)
+            return [found[cell] for cell in every]
+        points: list[dict[str, Any]] = []
+        for seed in range(self.seeds):
+            every = list(cells(seed, cases))
+            found = self._done(every, fan_out)
+            points += [found[cell] for cell in every]
+            cases = self._halved(cases, points) if seed < self.seeds - 1 else cases
+        return points
+
+    def _done(self, cells: Iterable[Cell], fan_out: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
+        return dict(run(cells, self.out, **fan_out))
+
+    def _rate(self, tried: Sequence[Mapping[str, Any]]) -> float:
+        losses = [math.inf if p.get("validation loss") is None else p["validation loss"] for p in tried]
+        return self.rates[int(np.argmin(losses))]
+
+    def _halved(self, cases: Sequence[Arm], points: Sequence[Mapping[str, Any]]) -> list[Arm]:
+        """Without the worse half of the trained arms that have a base, by validation errors."""
+        rivals = [case for case in cases if case[0] not in (SCRATCH, LONG, *UNTRAINED)]
+        ranked = sorted(rivals, key=lambda case: validation_error(case, points))
+        gone = ranked[math.ceil(len(ranked) / 2) :]
+        self.dropped += [name_of(case) for case in gone]
+        return [case for case in cases if case not in gone]
+
+    def best(self, points: Sequence[Mapping[str, Any]]) -> Arm | None:
+        """The pre-trained arm with the smallest validation errors; nothing was tested to choose it."""
+        cases = [case for case in self.cases() if case[0] not in (SCRATCH, LONG)]
+        cases = [
+            case for case in cases if case[1] in (None, *self.base_sizes[-1:]) and name_of(case) not in self.dropped
+        ]
+        trained = [case for case in cases if case[0] not in UNTRAINED]
+        return min(trained or cases, key=lambda case: validation_error(case, points), default=None)
+
+    # ---------------------------------------------------------------------------------------------------- baselines
+
+    def baselines(self, units: Mapping[str, str], fan_out: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Errors of what takes no network: shifts and lines, through what the base says where it says anything."""
+        name, kind = scalar_of(self.objective)
+        quantity = f"{name}_per_atom" if name == "energy" else name
+        if kind == "per-atom" or units.get(quantity, "wrong") == "wrong":
+            return []
+        labels, wanted = (scalars(self.objective, some, *self.named) for some in (self.pool_atoms, self.test_atoms))
+        if not np.isfinite([*labels, *wanted]).all():
+            return []
+        own, tested = compositions_of(self.pool_atoms), compositions_of(self.test_atoms)
+        per = tested.sum(axis=1) if name == "energy" else 1
+        base = [self._said(seed) for seed in range(self.seeds)]
+        said = self._done(base, fan_out)
+        found = []
+        for seed, n in product(range(self.seeds), self.sizes):
+            members = nested(np.arange(len(labels)), [n], seed=seed)[0]
+            cheap = said[base[seed]]
+            known = {"cheap": np.array(cheap["pool"])[members], "test_cheap": cheap["test"]} if cheap else {}
+            for law, predicted in baselines(labels[members], own[members], tested, kind=kind, **known).items():
+                mae = float(np.mean(np.abs(predicted - wanted) / per))
+                found.append({"arm": law, "n_train": n, "seed": seed, "quantity": quantity, "mae": mae})
+        return found
+
+    def _said(self, seed: int) -> Cell:
+        """What the base of a seed says of all structures without training."""
+        given, needs = self._base(None, seed)
+        arguments = {
+            "pool": self.pool, "test": self.test, "objective": self.objective, "edges": self.edges,
+            "label": dict(self.named[0]), "unit": dict(self.named[1]), **given,
+        }  # fmt: skip
+        return Cell({"seed": seed} if needs else {}, untouched, arguments, needs)
+
+    # ------------------------------------------------------------------------------------------------------- price
+
+    def price(self) -> str:
+        """How many cells there are, and how long they take."""
+        bases = len({(m, s) for m in self.base_sizes for s in range(self.seeds)})
+        tunings = self._tunings(halving=False)
+        seconds = [_seconds(self.bounds[name]) for name in ("pretraining", "tuning")]
+        cells = f"{bases} pre-trainings and {tunings} fine-tunings"
+        if None in seconds:
+            return cells
+        hours = (bases * (seconds[0] or 0.0) + tunings * (seconds[1] or 0.0)) / 3600
+        return f"{cells}: at most {hours:.2g} hours of processor time"
+
+    def _tunings(self, halving: bool) -> int:
+        """Fine-tunings with those that search learning rates."""
+        trained = [case for case in self.cases() if case[0] not in UNTRAINED]
+        fixed = [case for case in trained if case[0] in (SCRATCH, LONG)]
+        rivals, total = len(trained) - len(fixed), 0
+        for _ in range(self.seeds):
+            total += (len(fixed) + rivals) * len(self.sizes)
+            rivals = math.ceil(rivals / 2) if halving else rivals
+        return total + len(trained) * sum(n >= FEW for n in self.sizes) * (len(self.rates) - 1)
+
+    def within(self, seconds: float, workers: int) -> dict[str, Any]:
+        """Bounds of the stages that fit into a time: a third of it for bases, the rest for fine-tunings."""
+        work = SHARE * seconds * workers
+        bases = len(self.base_sizes) * self.seeds
+        tunings = self._tunings(halving=True)
+        each = (2 / 3 if bases else 1.0) * work / max(tunings, 1)
+        first = work / 3 / max(bases, 1)
+        if min(each, first) < LEAST:
+            raise InputError(
+                f"a budget of {seconds:g} s leaves {each:.1f} s for each of {tunings} fine-tunings: give more time, or "
+                "fewer sizes, arms, rates or seeds"
+            )
+        return {name: {"processor_time": f"{math.floor(t)}s"} for name, t in (("pretraining", first), ("tuning", each))}
+
+
+def validation_error(case: Arm, points: Iterable[Mapping[str, Any]]) -> float:
+    """Geometric mean over sizes and seeds of the error that is judged on validation labels; infinite without any."""
+    own = [p for p in points if (p["arm"], p["n_pretraining"]) == case and p["validation"]]
+    found = [p["validation"].get("forces") or next(iter(p["validation"].values())) for p in own]
+    return math.exp(float(np.mean(np.log(found)))) if found and min(found) > 0 else math.inf
+
+
+def bound_of(text: str) -> dict[str, Any]:
+    """What ends a stage: "30s" of processor time, or "300steps"."""
+    text = str(text).strip()
+    if text.endswith("steps"):
+        number = text.removesuffix("steps").strip()
+        if not number.isdigit() or not int(number):
+            raise InputError(f"'{text}' is no number of steps, such as 300steps")
+        return {"steps": int(number)}
+    parse_time(text)
+    return {"processor_time": text}
+
+
+def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    if one.keys() != other.keys():
+        raise InputError(f"{LONG} takes the time of both stages: give both as times, or both as steps")
+    if "steps" in one:
+        return {"steps": one["steps"] + other["steps"]}
+    return {"processor_time": f"{parse_time(one['processor_time']) + parse_time(other['processor_time']):g}s"}
+
+
+def _seconds(bound: Mapping[str, Any]) -> float | None:
+    return parse_time(bound["processor_time"]) if "processor_time" in bound else None
+
+
+def _hours(cost: str | float) -> float:
+    try:
+        hours = float(cost)
+    except ValueError:
+        hours = parse_time(str(cost)) / 3600
+    if not hours > 0:
+        raise InputError(
+            f"a label costs {cost}, but must cost something: give the hours of one, or a time such as 90min"
+        )
+    return hours
+
+
+def _sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
+    """In ascending order; by default doubled from ten on, and all."""
+    if sizes is None:
+        doubled = [10 * 2**k for k in range(40) if 10 * 2**k <= most]
+        return doubled or [most]
+    found = sorted(set(sizes))
+    if not found or found[0] < FEWEST:
+        raise InputError(f"sizes {list(sizes)} begin below {FEWEST} labels: a model needs some")
+    if found[-1] > most:
+        raise InputError(f"there are {most} labels to train on, not {found[-1]}: ask for fewer")
+    return found
+
+
+def _by(key: str, structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
+    name, _, value = key.partition("=")
+    found = by_key(structures, name, value or None, fraction=0)
+    if found.test is None or not len(found.test):
+        raise InputError(f"'{key}' names no test structures")
+    rest = np.union1d(found.train, found.valid)
+    return Subset(structures, rest), Subset(structures, found.test)
+
+
+def _rows(point: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row of each quantity, without the errors of each structure."""
+    kept = ("arm", "n_train", "n_pretraining", "seed", "lr", "steps", "train_seconds", "pretrain_seconds", "forgetting")
+    for quantity, errors in (point["errors"] or {}).items():
+        yield {
+            **{name: point[name] for name in kept if name in point},
+            "quantity": quantity,
+            "mae": float(np.mean(errors)),
+            "unit": point["units"][quantity],
+        }

@@ -1,0 +1,233 @@
+"""What a learning curve says: laws, what a label is worth, what pre-training structures are worth, one sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+from .laws import Estimate, Fit, fit, fits, short, surfaces
+from .points import SCRATCH
+from .savings import factors, ratio, saved, slopes, verdict
+
+Point = Mapping[str, Any]  # what a cell says of one point
+Arm = tuple[str, int | None]  # its name, and the number of structures of its base
+MARGIN = 0.1  # of exponents: slopes that differ by less are said to be equal
+
+
+class Goal(NamedTuple):
+    """An error to reach: of which quantity, in its unit."""
+
+    quantity: str
+    error: float
+
+
+def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
+    """An error such as 0.05 (of the first quantity, in its unit), "43meV/atom" or "50 meV/Å".
+
+    Args:
+        units: quantity to unit, the first one is meant where no unit is given.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*(\D.*)?", str(text))
+    if not found or not float(found[1]) > 0:
+        raise InputError(f"the target error '{text}' is not a number above zero with a unit, such as 43meV/atom")
+    value, unit = float(found[1]), (found[2] or "").strip().replace("/A", "/Å").replace("Ang", "Å")
+    if not unit:
+        return Goal(next(iter(units)), value)
+    for prefix, factor in (("", 1.0), ("m", 1e-3), ("k", 1e3)):
+        known = {prefix + own: name for name, own in units.items() if own}
+        known |= {whole.removesuffix("/atom"): name for whole, name in known.items() if whole.endswith("/atom")} | known
+        if unit in known:
+            return Goal(known[unit], value * factor)
+    raise InputError(f"the target error '{text}' has the unit {unit}, but errors here are in {_listed(units)}")
+
+
+def _listed(units: Mapping[str, str]) -> str:
+    return ", ".join(f"{unit or 'no unit'} ({name})" for name, unit in units.items())
+
+
+class Curves:
+    """The errors of all arms as curves.
+
+    Args:
+        points: what cells say; those without errors are left out.
+        groups: the material of each test structure.
+    """
+
+    def __init__(self, points: Sequence[Point], groups: Sequence[Any] | None = None):
+        self.points = [point for point in points if point["errors"]]
+        self.groups = groups
+        shared = [set(point["errors"]) for point in self.points]
+        names = [name for name in self.points[0]["errors"] if all(name in own for own in shared)]
+        order = [name for name in ("forces", "energy_per_atom", "stress") if name in names]
+        self.quantities = order + [name for name in names if name not in order]
+        self.units = {name: self.points[0]["units"][name] for name in self.quantities}
+        self.arms: list[Arm] = list(dict.fromkeys(_arm(point) for point in self.points))
+        self.fit = cache(self._fit)
+
+    def seeds(self, arm: Arm) -> tuple[int, ...]:
+        """Those at which the arm has every size that it has at all."""
+        own = [(point["seed"], point["n_train"]) for point in self.points if _arm(point) == arm]
+        sizes = {n for _, n in own}
+        return tuple(sorted({s for s, _ in own if {n for other, n in own if other == s} == sizes}))
+
+    def sizes(self, arm: Arm) -> list[int]:
+        return sorted({point["n_train"] for point in self.points if _arm(point) == arm})
+
+    def errors(self, arm: Arm, quantity: str, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """(n_seeds, n_sizes, n_test); where nothing is wrong, half a mistake."""
+        by = {(p["seed"], p["n_train"]): p["errors"][quantity] for p in self.points if _arm(p) == arm}
+        seeds = self.seeds(arm) if seeds is None else seeds
+        found = np.array([[by[seed, n] for n in self.sizes(arm)] for seed in seeds], float)
+        return found + np.where(found.any(axis=2, keepdims=True), 0.0, 0.5 / found.shape[2])
+
+    def _fit(self, arm: Arm, quantity: str, seeds: tuple[int, ...], form: str | None = None) -> Fit:
+        return fit(self.sizes(arm), self.errors(arm, quantity, seeds), form, groups=self.groups)
+
+    def laws(self, arm: Arm, quantity: str) -> list[Fit]:
+        return fits(self.sizes(arm), self.errors(arm, quantity), groups=self.groups)
+
+    def pair(self, arm: Arm, quantity: str, form: str | None = None) -> tuple[Fit, Fit]:
+        """The arm and scratch, at the seeds of both."""
+        scratch: Arm = (SCRATCH, None)
+        both = tuple(seed for seed in self.seeds(arm) if seed in self.seeds(scratch))
+        return self.fit(arm, quantity, both, form), self.fit(scratch, quantity, both, form)
+
+    def has_curve(self, arm: Arm) -> bool:
+        return len(self.sizes(arm)) > 1 and bool(self.seeds(arm))
+
+
+def summary(
+    curves: Curves,
+    *,
+    chosen: Arm | None,
+    goal: Goal | None = None,
+    cost: float | None = None,
+    margin: float = MARGIN,
+    labels: int,
+) -> dict[str, Any]:
+    """Laws, factors, labels needed and the verdict.
+
+    Args:
+        chosen: the arm that the verdict is about, chosen without test errors.
+        goal: an error to reach.
+        cost: hours of one label.
+        margin: of exponents, below which slopes are equal.
+        labels: how many there are now.
+    """
+    result: dict[str, Any] = {"units": curves.units, "fits": {}, "factors": {}, "labels needed": {}, "ratios": {}}
+    others = [arm for arm in curves.arms if arm[0] != SCRATCH and curves.has_curve(arm)]
+    drawn = [arm for arm in curves.arms if curves.has_curve(arm)]
+    for quantity in curves.quantities:
+        result["fits"][quantity] = {name_of(a): [law.record() for law in curves.laws(a, quantity)] for a in drawn}
+        result["factors"][quantity] = {name_of(arm): _factors(curves, arm, quantity, cost) for arm in others}
+        result["ratios"][quantity] = {name_of(arm): list(ratio(*curves.pair(arm, quantity))) for arm in others}
+    if goal is not None:
+        result["goal"] = goal._asdict()
+        for arm in drawn:
+            needed = curves.fit(arm, goal.quantity, curves.seeds(arm)).inverse(goal.error)
+            result["labels needed"][name_of(arm)] = recorded(needed)
+    if grown := pretraining_sizes(curves, margin):
+        result["pre-training sizes"] = grown
+    result["verdict"] = _verdict(curves, chosen, goal, cost, labels)
+    return result
+
+
+def _factors(curves: Curves, arm: Arm, quantity: str, cost: float | None) -> list[dict[str, Any]]:
+    transfer, scratch = curves.pair(arm, quantity)
+    rows = []
+    for n, factor in zip(curves.sizes(arm), factors(transfer, scratch), strict=True):
+        row = {"n_train": n, **recorded(factor)}
+        if cost is not None:
+            row["hours saved"] = recorded(saved(factor, n, cost))
+        rows.append(row)
+    return rows
+
+
+def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float | None, labels: int) -> str:
+    if chosen is None or not curves.has_curve(chosen) or not curves.has_curve((SCRATCH, None)):
+        return "One size makes no curve: there is nothing to say of labels that were saved."
+    quantity = curves.quantities[0] if goal is None else goal.quantity
+    transfer, scratch = curves.pair(chosen, quantity)
+    unit = curves.units[quantity]
+    target = None if goal is None else goal.error
+    said = f"{_spoken(quantity)}, {name_of(chosen)}: " + verdict(transfer, scratch, target=target, unit=unit, cost=cost)
+    if goal is None:
+        return said
+    needed = transfer.inverse(goal.error)
+    if needed.value == math.inf:
+        return f"{said} With {labels} labels at hand, more than {short(needed.most - labels)} are missing."
+    if needed.value <= labels:
+        return f"{said} The {labels} labels at hand are enough."
+    more = needed.times(1.0, -labels)
+    return f"{said} With {labels} labels at hand, {more} more are needed."
+
+
+def pretraining_sizes(curves: Curves, margin: float = MARGIN) -> dict[str, Any]:
+    """What structures to pre-train on are worth: a law of their number at each number of labels, whether its slope is
+    that of the labels, and a law of both numbers."""
+    grown: dict[str, list[Arm]] = {}
+    for arm in curves.arms:
+        if arm[1] is not None:
+            grown.setdefault(arm[0], []).append(arm)
+    result: dict[str, Any] = {}
+    for name, arms in grown.items():
+        arms = sorted((arm for arm in arms if curves.has_curve(arm)), key=lambda arm: arm[1] or 0)
+        if len(arms) < 2:
+            continue
+        result[name] = {q: _of_both(curves, arms, q, margin) for q in curves.quantities}
+    return result
+
+
+def _of_both(curves: Curves, arms: Sequence[Arm], quantity: str, margin: float) -> dict[str, Any]:
+    sizes = [n for n in curves.sizes(arms[-1]) if all(n in curves.sizes(arm) for arm in arms)]
+    seeds = tuple(s for s in curves.seeds(arms[-1]) if all(s in curves.seeds(arm) for arm in arms))
+    many = [arm[1] or 0 for arm in arms]
+    table = np.stack([curves.errors(arm, quantity, seeds) for arm in arms], axis=1)  # (seeds, bases, sizes, test)
+    at = [curves.sizes(arms[-1]).index(n) for n in sizes]
+    laws = {n: fits(many, table[:, :, i], groups=curves.groups) for n, i in zip(sizes, at, strict=True)}
+    found: dict[str, Any] = {
+        "sizes": many,
+        "fits": {str(n): [law.record() for law in own] for n, own in laws.items()},
+    }
+    of_labels = curves.fit(arms[-1], quantity, seeds)
+    if len(many) >= 4 and len(curves.sizes(arms[-1])) >= 4:
+        power = fit(many, table[:, :, at[-1]], "power", groups=curves.groups)
+        of_labels = curves.fit(arms[-1], quantity, seeds, "power")
+        compared = slopes(of_labels, power, margin)
+        found["slopes"] = {
+            "labels": list(of_labels.interval("a")),
+            "pre-training": list(power.interval("a")),
+            "difference": list(compared.difference),
+            "margin": margin,
+            "answer": compared.answer,
+        }
+    if len(many) >= 3 and len(sizes) >= 4:
+        n, m = np.meshgrid(sizes, many)
+        cells = table[:, :, at].reshape(len(seeds), -1, table.shape[-1])
+        found["surface"] = [law.record() for law in surfaces(n.ravel(), m.ravel(), cells, groups=curves.groups)]
+    return found
+
+
+def recorded(estimate: Estimate) -> dict[str, Any]:
+    """Value and interval, as they are and as they are said."""
+    return {"value": estimate.value, "ci": [estimate.low, estimate.high], "said": str(estimate)}
+
+
+def name_of(arm: Arm) -> str:
+    """Its name, and of a base of so many structures their number too: full (120)."""
+    return arm[0] if arm[1] is None else f"{arm[0]} ({arm[1]:,})"
+
+
+def _arm(point: Point) -> Arm:
+    return point["arm"], point["n_pretraining"]
+
+
+def _spoken(quantity: str) -> str:
+    words = {"energy_per_atom": "Energies"}
+    return words.get(quantity, quantity[0].upper() + quantity[1:])

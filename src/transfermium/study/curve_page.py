@@ -1,0 +1,211 @@
+"""The page and the tables of a learning curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..report import Page, label_curves
+from .points import FEW, VALID
+
+Result = Mapping[str, Any]  # of `curve`, as JSON holds it
+SHOWN = {"eV/Å": ("meV/Å", 1e3), "eV/atom": ("meV/atom", 1e3), "eV/Å^3": ("meV/Å³", 1e3)}
+SPOKEN = {"energy_per_atom": "energies"}
+
+
+def page(result: Result) -> Page:
+    """One page with the verdict, curves, what a label is worth, laws, and how it was done."""
+    page = Page("How many labels pre-training saves", "Error against number of labels")
+    page.verdict(result["verdict"])
+    for quantity in result["units"]:
+        unit, scale = shown(result, quantity)
+        name = SPOKEN.get(quantity, quantity)
+        figure = label_curves(
+            _series(result, quantity, scale), "labels, validation included", f"MAE of {name} ({unit})"
+        )
+        page.figure(figure, f"Error of {name} on {result['test structures']} structures that no model has seen; "
+                    "bands span the seeds.")  # fmt: skip
+        if worth := _worth(result, quantity):
+            caption = f"Labels from scratch that one label is worth with pre-training, by the errors of {name}."
+            page.figure(label_curves(worth, "labels, validation included", "labels from scratch for one"), caption)
+    for quantity in result["units"]:
+        unit, _ = shown(result, quantity)
+        name = SPOKEN.get(quantity, quantity)
+        page.table(rows(result, quantity), f"Errors of {name} ({unit}): mean over seeds (lowest to highest)")
+        page.table(
+            worths(result, quantity, "said"),
+            f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
+            "From laws through the curves; the interval holds other seeds and other test materials, and other laws "
+            "that are about as likely. Nothing is said beyond four times the largest size.",
+        )
+        page.table(worths(result, quantity, "hours saved"), f"Hours of calculations saved, by the errors of {name}")
+    if needed := result.get("labels needed"):
+        goal = result["goal"]
+        unit = result["units"][goal["quantity"]]
+        spoken = SPOKEN.get(goal["quantity"], goal["quantity"])
+        listed = [{"arm": arm, "labels needed": found["said"]} for arm, found in needed.items()]
+        page.table(listed, f"Labels needed for an error of {spoken} of {goal['error']:g} {unit}")
+    _show_laws(page, result)
+    _show_pretraining(page, result)
+    _show_method(page, result)
+    return page.numbers(result)
+
+
+def shown(result: Result, quantity: str) -> tuple[str, float]:
+    """The unit that errors are printed in, and the factor to it."""
+    unit = result["units"][quantity]
+    return SHOWN.get(unit, (unit or "no unit", 1.0))
+
+
+def rows(result: Result, quantity: str) -> list[dict[str, str]]:
+    """A row of each number of labels, a column of each arm and baseline; in the unit that is printed."""
+    _, scale = shown(result, quantity)
+    table = []
+    for n in result["sizes"]:
+        row = {"labels": f"{n:,}"}
+        for source in ("errors", "baselines"):
+            for arm in _arms(result[source], quantity):
+                found = [scale * e for e in _errors(result[source], quantity, arm, n)]
+                row[arm] = f"{np.mean(found):.4g} ({min(found):.4g} to {max(found):.4g})" if found else ""
+        table.append(row)
+    return table
+
+
+def worths(result: Result, quantity: str, what: str) -> list[dict[str, str]]:
+    """A row of each number of labels: what each label is worth with each arm ("said"), or the "hours saved"."""
+    table: dict[int, dict[str, str]] = {}
+    for arm, found in result["factors"][quantity].items():
+        for row in found:
+            if what in row:
+                said = row[what] if what == "said" else row[what]["said"]
+                table.setdefault(row["n_train"], {"labels": f"{row['n_train']:,}"})[arm] = said
+    return [table[n] for n in sorted(table)]
+
+
+def _arms(entries: Sequence[Mapping[str, Any]], quantity: str) -> list[str]:
+    return list(dict.fromkeys(_title(e) for e in entries if e["quantity"] == quantity))
+
+
+def _title(entry: Mapping[str, Any]) -> str:
+    many = entry.get("n_pretraining")
+    return str(entry["arm"]) if many is None else f"{entry['arm']} ({many:,})"
+
+
+def _errors(entries: Sequence[Mapping[str, Any]], quantity: str, arm: str, n: int) -> list[float]:
+    return [e["mae"] for e in entries if e["quantity"] == quantity and _title(e) == arm and e["n_train"] == n]
+
+
+Points = list[tuple[float, float, float, float, list[float]]]
+
+
+def _series(result: Result, quantity: str, scale: float) -> dict[str, Points]:
+    """Of each arm, and of the best baseline, the mean and the range of the seeds."""
+    series: dict[str, Points] = {}
+    for source in ("errors", "baselines"):
+        found: dict[str, Points] = {}
+        for arm in _arms(result[source], quantity):
+            for n in result["sizes"]:
+                errors = [scale * e for e in _errors(result[source], quantity, arm, n)]
+                if errors:
+                    found.setdefault(arm, []).append((n, float(np.mean(errors)), min(errors), max(errors), errors))
+        if source == "baselines" and found:
+            best = min(found, key=lambda arm: np.mean([p[1] for p in found[arm]]))
+            found = {best: found[best]}
+        series |= found
+    return series
+
+
+def _worth(result: Result, quantity: str) -> dict[str, Points]:
+    """Factors of each arm, in the colours that the arms have beside it."""
+    series: dict[str, Points] = {arm: [] for arm in _arms(result["errors"], quantity)}
+    for arm, found in result["factors"][quantity].items():
+        series[arm] = [(r["n_train"], r["value"], *(_or_nan(x) for x in r["ci"]), []) for r in found if r["value"]]
+    return series if any(series.values()) else {}
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _show_laws(page: Page, result: Result) -> None:
+    laws = []
+    for quantity, arms in result["fits"].items():
+        for arm, found in arms.items():
+            for rank, law in enumerate(found):
+                laws.append(
+                    {
+                        "quantity": SPOKEN.get(quantity, quantity),
+                        "arm": arm,
+                        "law": law["form"] + (" *" if rank == 0 else ""),
+                        "AICc": law["aicc"],
+                        "exponents": _exponents(law),
+                        "error at the largest size, left out": _percent(law["extrapolation"]),
+                    }
+                )
+    page.table(
+        laws,
+        "Laws of error against number of labels; * has the least AICc",
+        "power: A n^-a. floor: C + A n^-a. broken: two powers. interpolation: straight lines in log n. Fewer than four "
+        "sizes allow no law, fewer than six no floor and no break.",
+    )
+
+
+def _exponents(law: Mapping[str, Any]) -> str:
+    said = []
+    for name, (low, high) in law["ci"].items():
+        bounds = f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else ""
+        said.append(f"{name} = {law['parameters'][name]:.2f}{bounds}")
+    return ", ".join(said)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.0f} %"
+
+
+def _show_pretraining(page: Page, result: Result) -> None:
+    grown = result.get("pre-training sizes", {})
+    lines, answers = [], []
+    for arm, quantities in grown.items():
+        for quantity, found in quantities.items():
+            spoken = SPOKEN.get(quantity, quantity)
+            for n, laws in found["fits"].items():
+                lines.append(
+                    {
+                        "quantity": spoken,
+                        "arm": arm,
+                        "labels": f"{int(n):,}",
+                        "law": laws[0]["form"],
+                        "exponents": _exponents(laws[0]),
+                    }
+                )
+            if "slopes" in found:
+                s = found["slopes"]
+                answers.append(
+                    f"{spoken}, {arm}: the exponent of labels is {s['labels'][0]:.2f}, that of pre-training structures "
+                    f"{s['pre-training'][0]:.2f}; within a margin of {s['margin']:g} they are: {s['answer']}."
+                )
+    page.table(lines, "Laws of error against number of structures to pre-train on", answers or None)
+
+
+def _show_method(page: Page, result: Result) -> None:
+    settings = result["settings"]
+    bounds = {name: " ".join(f"{v}" for v in settings[name].values()) for name in ("pretraining", "tuning")}
+    kinds = {name: "steps" if "steps" in settings[name] else "of processor time" for name in bounds}
+    page.heading("How it was done")
+    page.text(
+        f"Each arm was trained for {bounds['tuning']} {kinds['tuning']} on the same labels, each size within the next, "
+        f"in batches of at most {settings['edges']} edges, at the learning rate among "
+        f"{', '.join(f'{rate:g}' for rate in settings['rates'])} with the smallest validation loss of the first seed. "
+        f"Of every number of labels {VALID:.0%} choose the checkpoint and are counted; below {FEW} all train and the "
+        "last weights are taken. What is not trained (zero-shot, aligned, probe) fits all of them. "
+        f"Bases: {result['base']}; pre-training takes {bounds['pretraining']} {kinds['pretraining']}, which scratch "
+        "did not have (scratch_long has). The arm of the verdict has the smallest validation errors."
+    )
+    page.text(
+        f"{result['test structures']} structures of {result['test materials']} materials test; they were set apart "
+        f"before anything was trained. {result['leaks']}".rstrip()
+        + (f" Dropped to stay within the budget: {', '.join(result['dropped'])}." if result["dropped"] else "")
+    )

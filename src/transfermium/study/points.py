@@ -1,0 +1,253 @@
+"""The cells of a learning curve: a base, a model from some labels with its errors, and what a base says untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from ..backbones import Backbone
+from ..data import Labelled, nested, read, resolve
+from ..data.sequences import Subset
+from ..data.split import split
+from ..errors import InputError
+from ..evaluate import Pairs, compared, objective_of
+from ..model import Model, load
+from ..objectives import Fidelities, Objective, Property
+from ..transfer import finetune, pretrain
+from .cells import Done
+from .stages import cost_of, packed_at
+
+VALID = 0.2  # of the labels of a model that is trained
+FEW = 10  # labels below which all of them train, and nothing is validated
+UNTRAINED = ("zero-shot", "aligned", "probe")  # all labels go into what they fit
+SCRATCH, LONG = "scratch", "scratch_long"
+REPLAY, TOGETHER = "replay", "multi-fidelity"
+DIRECT = (SCRATCH, LONG)  # arms that see nothing but the labels
+CHEAP, DEAR = "cheap", "target"  # levels of what is learned together
+
+
+def valid_fraction(arm: str, n_train: int) -> float:
+    """Part of the labels that is set apart to choose the checkpoint, and the learning rate."""
+    return VALID if n_train >= FEW and arm not in UNTRAINED else 0.0
+
+
+def based(
+    folder: Path,
+    n_pretraining: int,
+    seed: int,
+    data: str,
+    objective: Objective,
+    architecture: Backbone,
+    bound: Mapping[str, Any],
+    edges: int,
+    label: Mapping[str, str],
+    unit: Mapping[str, str],
+) -> dict[str, Any]:
+    """Pre-train a base on so many structures, each set within the next; returns what it took."""
+    torch.set_num_threads(1)  # or threads that wait would count as work
+    everything = read(packed_at(folder, data))
+    members = np.sort(nested(np.arange(len(everything)), [n_pretraining], seed=seed)[0])
+    model = pretrain(
+        Subset(everything, members), objective, architecture, **bound, seed=seed, edges=edges, label=label, unit=unit,
+        out=folder / "run", verbose=False, device="cpu",
+    )  # fmt: skip
+    return cost_of(model)
+
+
+def point(
+    folder: Path,
+    arm: str,
+    n_train: int,
+    seed: int,
+    lr: float,
+    pool: str,
+    test: str,
+    ids: str,
+    objective: Objective,
+    architecture: Backbone,
+    bound: Mapping[str, Any],
+    edges: int,
+    label: Mapping[str, str],
+    unit: Mapping[str, str],
+    n_pretraining: int | None = None,
+    model: str | None = None,
+    part: str | None = None,
+    old: Mapping[str, Any] | None = None,
+    ledger: str | None = None,
+    base: Done | None = None,
+) -> dict[str, Any]:
+    """Train one arm on some labels, and test it; a run that diverges has no errors.
+
+    Args:
+        old: the base's structures ("data"), its "objective", "label" and "unit", for arms that learn of them too.
+        ledger: structures on which it is measured what a base forgot.
+
+    Returns:
+        What is said of the point, "errors" (quantity to the mean absolute error of each test structure), "units", and
+        "validation" (quantity to the mean absolute error on the validation labels).
+    """
+    torch.set_num_threads(1)
+    everything = read(packed_at(folder, pool))
+    members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
+    chosen = Subset(everything, members)
+    options: dict[str, Any] = {
+        **bound, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit, "out": folder / "run",
+        "valid_fraction": valid_fraction(arm, n_train), "verbose": False, "device": "cpu",
+    }  # fmt: skip
+    said: dict[str, Any] = {"arm": arm, "n_train": n_train, "n_pretraining": n_pretraining, "seed": seed, "lr": lr}
+    try:
+        if arm in DIRECT:
+            trained = pretrain(chosen, objective, architecture, **options)
+        elif arm == TOGETHER:
+            trained = _jointly(folder, chosen, objective, architecture, n_train, old or {}, options)
+        else:
+            if arm == REPLAY:
+                options["replay"] = read(packed_at(folder, (old or {})["data"]))
+            if ledger is not None:
+                options["ledger"] = read(packed_at(folder, ledger))
+            if arm in UNTRAINED:  # what it fits is no matter of steps or of their rate
+                options = {name: value for name, value in options.items() if name not in (*bound, "lr")}
+            trained = finetune(
+                _base(folder, model, base), chosen, objective, part=part, strategy=arm, unseen="group", **options
+            )
+    except InputError as error:
+        if "not finite" not in str(error):
+            raise
+        return {**said, "errors": None, "validation": {}}  # never chosen
+    cost = cost_of(trained)
+    validation = trained.card["metrics"].get("validation", {})
+    errors, units = errors_of(trained, read(packed_at(folder, test)), label, unit)
+    return {
+        **said, **_forgotten(trained), "steps": cost["steps"], "train_seconds": cost["seconds"],
+        "test_ids_sha": ids, "units": units,
+        "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
+        "validation": {name: found["mae"] for name, found in validation.items() if "mae" in found},
+        "validation loss": cost["validation loss"], "errors": errors,
+    }  # fmt: skip
+
+
+def _jointly(
+    folder: Path,
+    chosen: Subset,
+    objective: Objective,
+    architecture: Backbone,
+    n_train: int,
+    old: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Model:
+    """One model of both levels, trained on both from the start; the part of the target is returned."""
+    cheap = read(packed_at(folder, old["data"]))
+    sides: dict[str, Any] = {"valid_fraction": 0.0}
+    train: Sequence[Atoms] = chosen
+    if fraction := valid_fraction(TOGETHER, n_train):
+        divided = split(chosen, fraction, seed=options["seed"])
+        train, sides = Subset(chosen, divided.train), {"valid": {DEAR: Subset(chosen, divided.valid)}}
+    named = {
+        name: {f"{CHEAP}.{k}": v for k, v in old[name].items()} | {f"{DEAR}.{k}": v for k, v in options[name].items()}
+        for name in ("label", "unit")
+    }
+    both = Fidelities({CHEAP: old["objective"], DEAR: objective})
+    joint = pretrain({CHEAP: cheap, DEAR: train}, both, architecture, **{**options, **named, **sides})
+    found = joint.part(DEAR)
+    metrics = joint.card["metrics"]
+    own = {k.removeprefix(f"{DEAR} "): v for k, v in metrics.get("validation", {}).items() if k.startswith(f"{DEAR} ")}
+    found.card = {**found.card, "history": joint.card["history"], "metrics": {**metrics, "validation": own}}
+    return found
+
+
+def _forgotten(model: Model) -> dict[str, Any]:
+    """Errors on the base's own task, before and after, where they were measured."""
+    found = model.card["history"][-1].get("forgetting")
+    return {} if found is None else {"forgetting": found["errors"]}
+
+
+def untouched(
+    folder: Path,
+    pool: str,
+    test: str,
+    objective: Objective,
+    edges: int,
+    label: Mapping[str, str],
+    unit: Mapping[str, str],
+    seed: int = 0,
+    model: str | None = None,
+    part: str | None = None,
+    base: Done | None = None,
+) -> dict[str, Any]:
+    """What the base says of the quantity of the target on all structures, with no label of them: (n,) each."""
+    name, _ = scalar_of(objective)
+    found = load(_base(folder, model, base)).whole(part, [name])
+    if name not in found.outputs:
+        return {}
+    result: dict[str, Any] = {}
+    for side, pack in (("pool", pool), ("test", test)):
+        labelled = _labelled(objective, read(packed_at(folder, pack)), label, unit)
+        rows = compared(found, objective, labelled, edges)[f"{name}_per_atom" if name == "energy" else name]
+        sizes = np.array([len(atoms) if name == "energy" else 1 for atoms in labelled])
+        result[side] = (np.array([float(np.ravel(output)[0]) for _, output in rows]) * sizes).tolist()
+    return result
+
+
+def scalar_of(objective: Objective) -> tuple[str, Any]:
+    """The one number per structure that is learned, and its kind: "extensive" or "intensive" (or "per-atom")."""
+    if isinstance(objective, Property):
+        return objective.name, objective.kind
+    return "energy", "extensive"
+
+
+def scalars(
+    objective: Objective, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> np.ndarray:
+    """Labels of `scalar_of`, in the units that are learned; NaN where there is none: (n,)."""
+    name, _ = scalar_of(objective)
+    labelled = _labelled(objective, structures, label, unit)
+    rng = np.random.default_rng(0)  # no label looks at it
+    samples = (objective.prepare(labelled[i], rng) for i in range(len(labelled)))
+    return np.array([float(sample.targets[name][0]) if name in sample.targets else np.nan for sample in samples])
+
+
+def errors_of(
+    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Of each quantity the mean absolute error of each structure (of classes 0 or 1), and its unit."""
+    objective = objective_of(model).comparable()
+    labelled = _labelled(objective, structures, label, unit)
+    return absolute(model, compared(model, objective, labelled, 10_000))
+
+
+def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Errors of each structure, and units, from labels and predictions; quantities that some structures lack are left
+    out."""
+    errors: dict[str, list[float]] = {}
+    units: dict[str, str] = {}
+    for name, rows in pairs.items():
+        if rows[0][1].shape != np.shape(rows[0][0]):
+            errors[name] = [float(np.mean(output.argmax(axis=-1) != target)) for target, output in rows]
+            units[name] = "wrong"
+            continue
+        found = [np.abs(output - target) for target, output in rows]
+        if not all(np.isfinite(each).any() for each in found):
+            continue
+        errors[name] = [float(np.nanmean(each)) for each in found]
+        unit = model.card["quantities"].get(name.removesuffix("_per_atom"), ["", ""])[1]
+        units[name] = f"{unit}/atom" if name == "energy_per_atom" else unit
+    return errors, units
+
+
+def _labelled(
+    objective: Objective, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> Labelled:
+    wanted = objective.labels()
+    optional = list(wanted) if len(wanted) > 1 else []
+    labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
+    return Labelled(structures, labels)
+
+
+def _base(folder: Path, model: str | None, base: Done | None) -> Path:
+    """The file of the base: of a cell that was needed, or a model that lies in the folder of the study."""
+    return base.folder / "run/model.safetensors" if base is not None else Path(packed_at(folder, model))

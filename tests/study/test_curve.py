@@ -1,0 +1,283 @@
+"""Learning curves: what is counted, what is compared, and what may be said of it."""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import transfermium as tm
+from tests.alloys import alloys
+from transfermium.data import read
+from transfermium.errors import InputError
+from transfermium.study.curve import Study, bound_of, curve, validation_error
+from transfermium.study.curve_laws import Curves, goal_of, summary
+from transfermium.study.points import valid_fraction
+
+
+def points(arm, law, sizes, seeds=3, n_pretraining=None, scatter=0.02, n_test=40):
+    """Synthetic points with errors that follow a law, each seed with an offset of its own."""
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(seeds):
+        shift = scatter * rng.normal()
+        for n in sizes:
+            each = law(n) * np.exp(shift + scatter * rng.normal()) * np.linspace(0.9, 1.1, n_test)
+            found.append(
+                {
+                    "arm": arm, "n_train": n, "n_pretraining": n_pretraining, "seed": seed, "lr": 1e-3,
+                    "errors": {"gap": each.tolist()}, "units": {"gap": "eV"}, "validation": {"gap": law(n)},
+                }
+            )  # fmt: skip
+    return found
+
+
+SIZES = [10, 20, 40, 80, 160]
+
+
+def scratch(n):
+    return 3.0 * n**-0.4
+
+
+def worth_four(n):
+    return scratch(4 * n)
+
+
+class TestSummary:
+    def test_a_label_worth_four_is_found_to_be_worth_four(self):
+        curves = Curves(points("scratch", scratch, SIZES) + points("full", worth_four, SIZES))
+        result = summary(curves, chosen=("full", None), goal=goal_of("500meV", curves.units), cost=2.0, labels=160)
+        for row in result["factors"]["gap"]["full"]:
+            assert row["value"] == pytest.approx(4, rel=0.15)
+            assert row["ci"][0] <= 4 <= row["ci"][1]
+            assert row["hours saved"]["value"] == pytest.approx((row["value"] - 1) * row["n_train"] * 2)
+        needed = (3.0 / 0.5) ** 2.5
+        assert result["labels needed"]["scratch"]["value"] == pytest.approx(needed, rel=0.1)
+        assert result["labels needed"]["full"]["value"] == pytest.approx(needed / 4, rel=0.1)
+        assert result["verdict"].startswith("Gap, full: Pre-training helps")
+        assert "at hand are enough" in result["verdict"]
+
+    def test_labels_that_are_missing_are_told(self):
+        curves = Curves(points("scratch", scratch, SIZES) + points("full", worth_four, SIZES))
+        result = summary(curves, chosen=("full", None), goal=goal_of(0.3, curves.units), labels=50)
+        missing = (3.0 / 0.3) ** 2.5 / 4 - 50
+        assert "With 50 labels at hand" in result["verdict"]
+        assert f"{result['labels needed']['full']['value'] - 50:.3g}" in result["verdict"]
+        assert result["labels needed"]["full"]["value"] - 50 == pytest.approx(missing, rel=0.25)
+
+    def test_no_gain_is_said_to_be_none(self):
+        same = points("full", scratch, SIZES)
+        result = summary(Curves(points("scratch", scratch, SIZES) + same), chosen=("full", None), labels=160)
+        assert "does not help here" in result["verdict"]
+
+    def test_nothing_is_said_far_beyond_the_largest_size(self):
+        curves = Curves(points("scratch", scratch, SIZES) + points("full", lambda n: scratch(100 * n), SIZES))
+        result = summary(curves, chosen=("full", None), goal=goal_of(1e-3, curves.units), labels=160)
+        assert result["factors"]["gap"]["full"][-1]["value"] == math.inf
+        assert result["factors"]["gap"]["full"][-1]["said"].startswith("more than 4")
+        assert "more than 480 are missing" in result["verdict"]
+
+    def test_structures_to_pretrain_on_have_a_law_too(self):
+        def grown(m):
+            return points("full", lambda n: scratch(n) * (m / 30) ** -0.3, SIZES, n_pretraining=m)
+
+        several = [point for m in (30, 60, 120, 240) for point in grown(m)]
+        curves = Curves(points("scratch", scratch, SIZES) + several)
+        result = summary(curves, chosen=("full", 240), labels=160, margin=0.2)
+        found = result["pre-training sizes"]["full"]["gap"]
+        assert found["slopes"]["pre-training"][0] == pytest.approx(0.3, abs=0.05)
+        assert found["slopes"]["labels"][0] == pytest.approx(0.4, abs=0.05)
+        assert found["slopes"]["answer"] == "equal"
+        assert summary(curves, chosen=("full", 240), labels=160, margin=0.02)["pre-training sizes"]["full"]["gap"][
+            "slopes"
+        ]["answer"] in ("differ", "not clear")
+        assert {law["form"] for law in found["surface"]} == {"sum", "product"}
+
+    def test_a_seed_that_diverged_is_left_out_of_both_arms(self):
+        broken = points("full", worth_four, SIZES)
+        broken[-1] = {**broken[-1], "errors": None}
+        curves = Curves(points("scratch", scratch, SIZES) + broken)
+        transfer, other = curves.pair(("full", None), "gap")
+        assert curves.seeds(("full", None)) == (0, 1)
+        assert len(transfer.logs) == len(other.logs) == 2
+
+    def test_classes_that_are_never_wrong_count_half_a_mistake(self):
+        perfect = points("full", lambda n: 0.0, SIZES)
+        curves = Curves(points("scratch", scratch, SIZES) + perfect)
+        assert np.allclose(curves.errors(("full", None), "gap").mean(axis=2), 0.5 / 40)
+
+
+UNITS = {"forces": "eV/Å", "energy_per_atom": "eV/atom"}
+
+
+@pytest.mark.parametrize(
+    ("text", "quantity", "error"),
+    [
+        ("43meV/atom", "energy_per_atom", 0.043),
+        ("43meV", "energy_per_atom", 0.043),
+        ("50 meV/Å", "forces", 0.05),
+        ("50 meV/A", "forces", 0.05),
+        ("0.05", "forces", 0.05),
+        (0.05, "forces", 0.05),
+        ("1e-2 eV/atom", "energy_per_atom", 0.01),
+    ],
+)
+def test_target_errors(text, quantity, error):
+    assert goal_of(text, UNITS) == (quantity, pytest.approx(error))
+
+
+@pytest.mark.parametrize("text", ["small", "-3", "0", "5 kcal/mol", "meV"])
+def test_target_errors_that_are_none(text):
+    with pytest.raises(InputError, match="target error"):
+        goal_of(text, UNITS)
+
+
+def test_labels_that_validate_are_counted():
+    assert valid_fraction("full", 10) == valid_fraction("scratch", 160) == 0.2
+    assert valid_fraction("full", 9) == valid_fraction("aligned", 100) == valid_fraction("probe", 100) == 0
+
+
+def test_what_bounds_a_stage():
+    assert bound_of("300steps") == {"steps": 300}
+    assert bound_of("30s") == {"processor_time": "30s"}
+    for wrong in ("0steps", "many steps", "soon"):
+        with pytest.raises(InputError):
+            bound_of(wrong)
+
+
+def test_the_arm_of_the_verdict_is_chosen_without_test_errors():
+    flattered = points("head", lambda n: 0.01, [10, 20])
+    for point in flattered:
+        point["validation"] = {"gap": 9.0}
+    assert validation_error(("head", None), flattered) > validation_error(("full", None), points("full", scratch, [10]))
+    assert validation_error(("none", None), flattered) == math.inf
+
+
+def small(out, **changes):
+    options = {
+        "base_data": alloys(30, seed=7), "backbone": tm.PaiNN(8, 1, 4.0, 6), "sizes": [5, 10, 16], "seeds": 2,
+        "pretraining": "6steps", "tuning": "4steps", "rates": [2e-3], "edges": 400, "quiet": True,
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        return curve(alloys(24, seed=3), tm.Potential(), out, **{**options, "executor": pool, **changes})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("curve")
+    return out, small(out, target="100meV/Å", cost_per_label="30min", base_sizes=[10, 25])
+
+
+class TestCurve:
+    def test_all_arms_sizes_seeds_and_quantities_are_there(self, study):
+        _, result = study
+        assert result["arms"] == ["scratch", "aligned (25)", "full (10)", "full (25)"]
+        assert len(result["errors"]) == 4 * 3 * 2 * 3
+        assert list(result["units"]) == ["forces", "energy_per_atom", "stress"]
+        assert {row["unit"] for row in result["errors"]} == {"eV/Å", "eV/atom", "eV/Å^3"}
+        assert set(result["fits"]) == set(result["factors"]) == set(result["units"])
+        assert all(row["pretrain_seconds"] == 0 for row in result["errors"] if row["arm"] == "scratch")
+
+    def test_numbers_lie_beside_the_page(self, study):
+        out, result = study
+        assert json.loads((out / "curve.json").read_text()) == json.loads(json.dumps(result))
+        html = (out / "report.html").read_text()
+        assert result["verdict"].split(":")[0] in html
+        assert "http" not in html.split("</style>")[-1].replace("https://doi.org", "").replace("http://www.w3.org", "")
+
+    def test_labels_are_nested_and_counted(self, study):
+        out, _ = study
+        for seed in (0, 1):
+            runs = {n: next(out.glob(f"cells/point-scratch-{n}-{seed}-*/run")) for n in (5, 10, 16)}
+            splits = {n: json.loads((run / "split.json").read_text()) for n, run in runs.items()}
+            for n, found in splits.items():
+                assert len(found["train"]) + len(found["valid"]) == n
+                assert (len(found["valid"]) >= 2) == (n >= 10)
+
+    def test_no_test_structure_is_among_the_labels_or_in_the_base(self, study):
+        out, result = study
+        tests = {a.positions.tobytes() for a in read(next(out.glob("data/test-*")))}
+        assert len(tests) == result["test structures"]
+        for name in ("pool", "base"):
+            assert not tests & {a.positions.tobytes() for a in read(next(out.glob(f"data/{name}-*")))}
+
+    def test_the_same_call_does_nothing_again(self, study):
+        out, result = study
+        before = {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")}
+        assert small(out, target="100meV/Å", cost_per_label="30min", base_sizes=[10, 25]) == result
+        assert {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")} == before
+
+    def test_aligned_does_not_depend_on_what_trains(self, study):
+        out, _ = study
+        steps = [json.loads(f.read_text())["result"]["steps"] for f in out.glob("cells/point-aligned-*/result.json")]
+        assert steps == [0] * 6
+
+    def test_baselines_go_through_what_the_base_says(self, study):
+        _, result = study
+        laws = {row["arm"] for row in result["baselines"]}
+        assert laws == {"cheap value", "constant shift", "per-element shift", "linear map"}
+        assert {row["quantity"] for row in result["baselines"]} == {"energy_per_atom"}
+
+
+def test_structures_that_test_are_taken_out_of_the_base(tmp_path):
+    tests = alloys(4, seed=11)
+    result = small(tmp_path, base_data=[*alloys(12, seed=7), *tests], test=tests, sizes=[5], seeds=1)
+    assert result["leaks"].startswith("4 of 16")
+    assert "One size makes no curve" in result["verdict"]
+
+
+def test_a_base_that_exists(tmp_path):
+    base = tm.pretrain(alloys(20, seed=7), tm.Potential(), tm.PaiNN(8, 1, 4.0, 6), steps=4, edges=400, verbose=False)
+    base.save(tmp_path / "base.safetensors")
+    options = {"base_data": None, "backbone": None, "sizes": [5, 10], "arms": ["zero-shot", "head", "full"]}
+    first = small(tmp_path / "a", base=base, **options)
+    second = small(tmp_path / "b", base=tmp_path / "base.safetensors", **options)
+    errors = {row["mae"] for row in first["errors"] if row["arm"] == "zero-shot" and row["quantity"] == "forces"}
+    assert len(errors) == 1  # no label changes it
+    assert [row["mae"] for row in first["errors"]] == [row["mae"] for row in second["errors"]]
+    assert "not compared with the test structures" in first["base"]
+
+
+def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path):
+    options = {"budget": "60s", "sizes": [10, 12], "seeds": 2, "arms": ["head", "full", "aligned"]}
+    result = small(tmp_path, **options)
+    assert len(result["dropped"]) == 1
+    assert result["dropped"][0] in ("head", "full")
+    seeds = {arm: {row["seed"] for row in result["errors"] if row["arm"] == arm} for arm in result["arms"]}
+    assert seeds["scratch"] == seeds["aligned"] == {0, 1}
+    assert seeds[result["dropped"][0]] == {0}
+    assert result["verdict"].startswith("Forces, ")
+    assert result["dropped"][0] not in result["verdict"].split(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base_data": None}, "needs a base model, or else data"),
+        ({"base": "small"}, "needs a base model, or else data"),
+        ({"arms": ["full", "fuller"]}, "no arm 'fuller'"),
+        ({"sizes": [2, 10]}, "begin below 5"),
+        ({"sizes": [5, 100]}, "not 100"),
+        ({"base_sizes": [10, 1000]}, "cannot be taken from 27"),
+        ({"seeds": 0}, "at least one"),
+        ({"rates": []}, "no learning rate"),
+        ({"budget": "3s"}, "give more time"),
+        ({"cost_per_label": 0}, "must cost something"),
+        ({"split_key": "nothing"}, "nothing"),
+        ({"base_data": None, "base": "small", "base_sizes": [3]}, "pre-trained here"),
+    ],
+)
+def test_what_makes_no_curve(tmp_path, changes, said):
+    with pytest.raises(InputError, match=said):
+        small(tmp_path, **changes)
+
+
+def test_sizes_are_doubled_from_ten_on(tmp_path):
+    options = dict(
+        base=None, part=None, base_data=alloys(12, seed=7), base_objective=None, base_sizes=None, backbone=None,
+        arms=["full"], sizes=None, seeds=1, test=alloys(3, seed=9), split_key=None, rates=[1e-3], edges=400,
+        named=({}, {}), base_named=({}, {}), quiet=True,
+    )  # fmt: skip
+    study = Study(alloys(45, seed=3), tm.Potential(), tmp_path, **options)
+    assert study.sizes == [10, 20, 40]
