@@ -47,6 +47,7 @@ def all_objectives() -> dict[str, Objective]:
         tm.Denoise: lambda: tm.Denoise(),
         tm.Property: lambda: tm.Property("gap"),
         tm.Together: lambda: tm.Together(several),
+        tm.Fidelities: lambda: tm.Fidelities(tm.Potential(1.0, 1.0, 1.0), ["pbe", "r2scan"]),
     }
     for name in objectives.__all__:
         kind = getattr(objectives, name)
@@ -81,6 +82,8 @@ class TestGradients:
 def structures(kind: str) -> list[Any]:
     """Seven structures of which some lack some labels, so that shares of them lack all labels of a term."""
     found = alloys(7)
+    for number, atoms in enumerate(found):
+        atoms.info["level"] = "r2scan" if number % 3 == 0 else "pbe"
     for number, atoms in enumerate(found):
         atoms.info["gap"] = number % 2 if kind == "classes" else atoms.info["gap"]
     found[1:4] = without(found[1:4], "forces", "stress")

@@ -453,6 +453,7 @@ def _bakeoff_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
     parser.add_argument("--workers", type=int, default=None, help="cells at once")
     _label_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only say what the study would take")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
@@ -475,6 +476,8 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument(
         "--arms", nargs="+", type=str, default=["scratch", "aligned", "full"], help="ways to use a base, and scratch"
     )
+    help = "a cheap label of the same property, for the arm delta and for baselines"
+    parser.add_argument("--cheap", type=str, default=None, help=help)
     help = "numbers of labels, 5,10,20 or 5 10 20; doubled from ten on by default"
     parser.add_argument("--sizes", nargs="+", type=str, default=None, help=help)
     parser.add_argument("--seeds", type=int, default=3, help="of labels, weights and bases")
@@ -495,6 +498,8 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument("--workers", type=int, default=None, help="cells at once")
     _label_arguments(parser)
     _label_arguments(parser, "base-")
+    parser.add_argument("--viewer", action="store_true", help="test structures beside the parity plot, in the report")
+    parser.add_argument("--dry-run", action="store_true", help="only say what the study would take")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 

@@ -320,7 +320,7 @@ def test_no_worker_outlives_the_command(how: signal.Signals, tmp_path: Path) -> 
         await_that(lambda: len(written(tmp_path)) == 2)
         workers = [int(file.read_text()) for file in written(tmp_path)]
         command.send_signal(how)  # to the command alone, as a batch system does
-        _, said = command.communicate(timeout=20)
+        _, said = command.communicate(timeout=60)
     finally:
         command.kill()
     await_that(lambda: not any(map(runs, workers)))

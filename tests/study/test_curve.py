@@ -11,7 +11,8 @@ import transfermium as tm
 from tests.alloys import alloys
 from transfermium.data import read
 from transfermium.errors import InputError
-from transfermium.study.curve import Study, bound_of, curve, validation_error
+from transfermium.report import need_viewer
+from transfermium.study.curve import bound_of, chosen_sizes, curve, validation_error
 from transfermium.study.curve_laws import Curves, goal_of, summary
 from transfermium.study.points import valid_fraction
 
@@ -239,8 +240,9 @@ def test_a_base_that_exists(tmp_path):
     assert "not compared with the test structures" in first["base"]
 
 
-def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path):
-    options = {"budget": "60s", "sizes": [10, 12], "seeds": 2, "arms": ["head", "full", "aligned"]}
+def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfermium.study.curve.LEAST", 0.1)
+    options = {"budget": "5s", "sizes": [10, 12], "seeds": 2, "arms": ["head", "full", "aligned"]}
     result = small(tmp_path, **options)
     assert len(result["dropped"]) == 1
     assert result["dropped"][0] in ("head", "full")
@@ -249,6 +251,47 @@ def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path):
     assert seeds[result["dropped"][0]] == {0}
     assert result["verdict"].startswith("Forces, ")
     assert result["dropped"][0] not in result["verdict"].split(":")[0]
+
+
+def test_a_dry_run_computes_nothing(tmp_path, capsys):
+    assert small(tmp_path, dry_run=True, pretraining="1min", tuning="30s") == {}
+    assert not list(tmp_path.glob("cells/*"))
+    assert "2 pre-trainings and 12 fine-tunings: at most 0.13 hours" in " ".join(capsys.readouterr().err.split())
+
+
+def volumes(n, seed):
+    structures = alloys(n, seed)
+    for atoms in structures:
+        atoms.calc = None
+        atoms.info["cheap"] = atoms.get_volume() / len(atoms)
+        atoms.info["dear"] = atoms.info["cheap"] + 0.1 * (atoms.numbers == 29).sum() / len(atoms) + 3.0
+    return structures
+
+
+def test_a_difference_from_a_cheap_label(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        result = curve(
+            volumes(24, 3), tm.Property("dear"), tmp_path, base_data=volumes(20, 7), label={"v": "cheap"}, cheap="v",
+            base_label={"dear": "cheap"}, arms=["delta"], sizes=[8], seeds=1, pretraining="2steps", tuning="4steps",
+            rates=[2e-3], backbone=tm.PaiNN(8, 1, 4.0, 6), edges=400, quiet=True, executor=pool,
+        )  # fmt: skip
+    errors = {row["arm"]: row["mae"] for row in [*result["baselines"], *result["errors"]]}
+    assert errors["cheap value"] > 3 > 1 > errors["constant shift"] > errors["per-element shift"]
+    assert errors["delta"] < 0.2 * errors["cheap value"]  # it begins with the mean difference
+    assert result["baselines from"] == "through the label v"
+    assert {row["unit"] for row in result["errors"]} == {""}
+
+
+def test_structures_are_beside_the_parity_plot(study):
+    try:
+        need_viewer()
+    except InputError:
+        pytest.skip("chemiscope is not installed")
+    out, _ = study
+    small(out, target="100meV/Å", cost_per_label="30min", base_sizes=[10, 25], viewer=True)
+    html = (out / "report.html").read_text()
+    assert html.count('class="viewer card"') == 1
+    assert "Test structures: full (25), 16 labels, one seed" in html
 
 
 @pytest.mark.parametrize(
@@ -263,6 +306,9 @@ def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path):
         ({"seeds": 0}, "at least one"),
         ({"rates": []}, "no learning rate"),
         ({"budget": "3s"}, "give more time"),
+        ({"arms": ["delta"]}, "learned of a property"),
+        ({"cheap": "dft"}, "learned of a property"),
+        ({"base_data": None, "base": "small", "arms": ["replay"]}, "give them as base_data"),
         ({"cost_per_label": 0}, "must cost something"),
         ({"split_key": "nothing"}, "nothing"),
         ({"base_data": None, "base": "small", "base_sizes": [3]}, "pre-trained here"),
@@ -273,11 +319,7 @@ def test_what_makes_no_curve(tmp_path, changes, said):
         small(tmp_path, **changes)
 
 
-def test_sizes_are_doubled_from_ten_on(tmp_path):
-    options = dict(
-        base=None, part=None, base_data=alloys(12, seed=7), base_objective=None, base_sizes=None, backbone=None,
-        arms=["full"], sizes=None, seeds=1, test=alloys(3, seed=9), split_key=None, rates=[1e-3], edges=400,
-        named=({}, {}), base_named=({}, {}), quiet=True,
-    )  # fmt: skip
-    study = Study(alloys(45, seed=3), tm.Potential(), tmp_path, **options)
-    assert study.sizes == [10, 20, 40]
+def test_sizes_are_doubled_from_ten_on():
+    assert chosen_sizes(None, 45) == [10, 20, 40]
+    assert chosen_sizes(None, 7) == [7]
+    assert chosen_sizes([20, 5, 20], 45) == [5, 20]

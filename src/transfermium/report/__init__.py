@@ -2,7 +2,7 @@
 
 from .figures import forest, label_curves, loss_curves, parity
 from .page import Page
-from .run import run_report
+from .run import label_row, run_report
 from .structures import Column, need_viewer, parity_columns
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Page",
     "forest",
     "label_curves",
+    "label_row",
     "loss_curves",
     "need_viewer",
     "parity",

@@ -226,7 +226,7 @@ def _show_data(page: Page, labels: Labels, split: Split, card: Content, stage: C
     test = f"; {sizes['test']:,} more are set apart for a test" if sizes["test"] else ""
     page.text(f"{parts}{test}. Split: {split.reason or split.by}. Its indices are in split.json beside this page.")
     if labels.entries:
-        page.table([_label_row(entry) for entry in labels.entries], "Labels, where they were found and their range.")
+        page.table([label_row(entry) for entry in labels.entries], "Labels, where they were found and their range.")
     else:
         page.text("This objective needs no labels.")
     seen = sorted(card.get("elements", {}).items(), key=lambda item: (-item[1], item[0]))
@@ -323,7 +323,7 @@ def _show_elements(page: Page, card: Content, errors: Content) -> None:
     )
 
 
-def _label_row(entry: Label) -> dict[str, Any]:
+def label_row(entry: Label) -> dict[str, Any]:
     if entry.classes:
         more = ", …" if len(entry.classes) > 6 else ""
         spread = f"{len(entry.classes)} classes: {', '.join(entry.classes[:6])}{more}"

@@ -49,6 +49,7 @@ def bakeoff(
     unit: Mapping[str, str] | None = None,
     executor: Executor | str | None = None,
     workers: int | None = None,
+    dry_run: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Compare ways of pre-training by what they do for a target, everything else being equal.
@@ -74,6 +75,7 @@ def bakeoff(
         edges: most edges in a batch.
         label, unit: keys and units of the labels of `structures`.
         executor, workers: where cells are computed; see `cells.run`.
+        dry_run: only say how many cells there are and how long they take; an empty result is returned.
 
     Returns:
         What is also in results.json: "runs", "rates", "comparisons", "leaks", "verdict".
@@ -96,10 +98,12 @@ def bakeoff(
     objectives = plan.objectives(arms)
     settings = {"pretraining": pretraining, "tuning": tuning, "edges": edges}
 
-    if not quiet:
+    if not quiet or dry_run:
         console.print(
             _price(objectives, len(backbones), seeds, list(map(len, plan.sizes.values())), len(rates), settings)
         )
+    if dry_run:
+        return {}
 
     def cells(wanted: Iterable[tuple[Any, ...]]) -> list[Cell]:
         return [plan.cell(objectives, backbones, settings, *each) for each in wanted]

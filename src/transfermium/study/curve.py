@@ -23,8 +23,9 @@ from ..data.sequences import Subset
 from ..data.split import by_key, materials, nested, split
 from ..errors import InputError
 from ..model import Model, copied, described, load
-from ..objectives import Objective
+from ..objectives import Objective, Property
 from ..objectives.together import Parts
+from ..report import need_viewer
 from ..run import fingerprint, write_json
 from ..train import parse_time
 from ..transfer import weights_fingerprint
@@ -32,13 +33,28 @@ from .bakeoff_page import finite
 from .baselines import baselines, compositions_of
 from .cells import Cell, run
 from .curve_laws import MARGIN, Arm, Curves, goal_of, name_of, summary
-from .curve_page import page, rows
+from .curve_page import Example, has_baselines, page, rows, shown
 from .plan import Target, divided, packed
-from .points import FEW, LONG, REPLAY, SCRATCH, TOGETHER, UNTRAINED, based, point, scalar_of, scalars, untouched
+from .points import (
+    DEAR,
+    DELTA,
+    FEW,
+    LONG,
+    REPLAY,
+    SCRATCH,
+    TOGETHER,
+    UNTRAINED,
+    based,
+    point,
+    scalar_of,
+    scalars,
+    tested,
+    untouched,
+)
 
-ARMS = (SCRATCH, LONG, "zero-shot", "aligned", "probe", "head", "lora", "full", REPLAY, TOGETHER)
+ARMS = (SCRATCH, LONG, "zero-shot", "aligned", "probe", "head", "lora", "full", REPLAY, TOGETHER, DELTA)
 ASIDE = 0.1  # of what bases are pre-trained on, for a ledger, where something is replayed
-BASELESS = (SCRATCH, LONG, TOGETHER)
+BASELESS = (SCRATCH, LONG, TOGETHER, DELTA)
 USUAL = (SCRATCH, "aligned", "full")
 RATES = (2e-3, 5e-4)
 FEWEST = 5  # labels of the smallest size
@@ -58,6 +74,7 @@ def curve(
     base_sizes: Sequence[int] | None = None,
     backbone: Backbone | None = None,
     arms: Sequence[str] = USUAL,
+    cheap: str | None = None,
     sizes: Sequence[int] | None = None,
     seeds: int = 3,
     test: Source | None = None,
@@ -76,6 +93,8 @@ def curve(
     base_unit: Mapping[str, str] | None = None,
     executor: Executor | str | None = None,
     workers: int | None = None,
+    viewer: bool = False,
+    dry_run: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure how many labels pre-training saves, and how many more an error takes.
@@ -96,7 +115,9 @@ def curve(
         arms: "scratch" and any of "scratch_long" (from scratch for the time of both stages), "zero-shot", "aligned",
             "probe", "head", "lora", "full" and "replay" (see `finetune`; a tenth of `base_data` is then set aside to
             measure what each arm forgets), or "multi-fidelity": both levels together from the start (`Fidelities`), for
-            the time of both stages.
+            the time of both stages; or "delta" (see `cheap`).
+        cheap: name of a cheap label of the same quantity that all structures have, test structures too: the arm "delta"
+            learns the difference from it (`Property(minus=...)`), and baselines go through it instead of the base.
         sizes: numbers of labels, doubled from ten on by default. Below ten all labels train and nothing is validated.
         seeds: of labels, weights and bases; at least two, or there are no intervals.
         test: structures to test on; by default those that `split_key` names ("split", or "fold=0"), or a fifth.
@@ -110,6 +131,8 @@ def curve(
         margin: difference of exponents below which two slopes are said to be equal.
         label, unit: keys and units of the expensive labels; `base_label`, `base_unit` those of `base_data`.
         executor, workers: where cells are computed; see `cells.run`.
+        viewer: show test structures beside the parity plot, which makes the page 1.3 MB larger.
+        dry_run: only say how many cells there are and how long they take; an empty result is returned.
 
     Returns:
         What is also in curve.json: "arms", "sizes", "seeds", "errors", "fits", "factors", "baselines", "verdict", ...
@@ -118,20 +141,25 @@ def curve(
         InputError: for arms, sizes, labels or a budget that make no curve.
     """
     study = Study(
-        structures, objective, Path(out), base, part, base_data, base_objective, base_sizes, backbone, arms, sizes,
-        seeds, test, split_key, rates, edges, (label or {}, unit or {}), (base_label or {}, base_unit or {}), quiet,
+        structures, objective, Path(out), base, part, base_data, base_objective, base_sizes, backbone, arms, cheap,
+        sizes, seeds, test, split_key, rates, edges, (label or {}, unit or {}), (base_label or {}, base_unit or {}),
+        quiet,
     )  # fmt: skip
     cost = None if cost_per_label is None else _hours(cost_per_label)
     if budget is None:
         study.bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
     else:
         study.bounds = study.within(parse_time(budget), workers or 1)
-    if not quiet:
+    if viewer:
+        need_viewer()
+    if not quiet or dry_run:
         console.print(study.price())
+    if dry_run:
+        return {}
     fan_out: dict[str, Any] = {"executor": executor, "workers": workers, "quiet": quiet}
     points = study.run(fan_out, halving=budget is not None)
 
-    curves = Curves(points, study.groups)
+    curves, best = Curves(points, study.groups), study.best(points)
     goal = None if target is None else goal_of(target, curves.units)
     result: dict[str, Any] = {
         "settings": {
@@ -149,15 +177,21 @@ def curve(
         "base": study.said_of_base,
         "dropped": study.dropped,
         "errors": [row for point in points for row in _rows(point)],
+        "baselines from": f"through the label {cheap}" if cheap else "through what the base says, if anything",
         "baselines": study.baselines(curves.units, fan_out),
-        **summary(curves, chosen=study.best(points), goal=goal, cost=cost, margin=margin, labels=study.n_pool),
+        **summary(curves, chosen=best, goal=goal, cost=cost, margin=margin, labels=study.n_pool),
     }  # fmt: skip
     result = finite(result)
     write_json(study.out / "curve.json", result)
-    path = page(result).write(study.out / "report.html")
+    example = None if best is None else study.example(best, points)
+    path = page(result, example, viewer).write(study.out / "report.html")
     if not quiet:
         for quantity in result["units"]:
-            rich.print(table(f"Errors of {quantity}", rows(result, quantity)))
+            printed, _ = shown(result, quantity)
+            rich.print(table(f"Errors of {quantity} ({printed})", rows(result, quantity, ranges=False)))
+            if has_baselines(result, quantity):
+                title = f"The same without a network, {result['baselines from']}"
+                rich.print(table(title, rows(result, quantity, "baselines", ranges=False)))
         rich.print(result["verdict"])
         console.print(f"Report: {path.resolve()}")
     return result
@@ -178,6 +212,7 @@ class Study:
         base_sizes: Sequence[int] | None,
         backbone: Backbone | None,
         arms: Sequence[str],
+        cheap: str | None,
         sizes: Sequence[int] | None,
         seeds: int,
         test: Source | None,
@@ -189,7 +224,9 @@ class Study:
         quiet: bool,
     ):
         self.out, self.objective, self.part, self.seeds = out, objective, part, seeds
-        self.rates, self.edges, self.named, self.base_named = rates, edges, named, base_named
+        self.rates, self.edges, self.base_named, self.cheap = rates, edges, base_named, cheap
+        label, unit = ({k: v for k, v in pairs.items() if k != cheap} for pairs in named)
+        self.named, self.both_named = (label, unit), named  # the second with what is said of the cheap label
         self.bounds: dict[str, Any] = {}
         self.dropped: list[str] = []
         self.arms = list(dict.fromkeys([SCRATCH, *arms]))
@@ -208,15 +245,19 @@ class Study:
         if base_data is None and (needy := {REPLAY, TOGETHER} & set(self.arms)):
             raise InputError(f"the arm '{min(needy)}' learns the base's structures too: give them as base_data")
 
+        if (cheap is not None or DELTA in self.arms) and not isinstance(objective, Property):
+            raise InputError(f"a difference from a cheap label is learned of a property, not of {objective!r}")
+        if DELTA in self.arms and cheap is None:
+            raise InputError("the arm 'delta' learns the difference from a cheap label: name it as cheap (--cheap)")
         if split_key is not None and test is not None:
             raise InputError("test structures are given, and named by a key too: leave one out")
         if split_key is not None:
             structures, test = _by(split_key, read(structures))
-        pool, tests = divided("target", Target(structures, objective, test, *named))
+        pool, tests = divided("target", Target(structures, objective, test, *self.named))
         self.n_pool, self.n_test = len(pool), len(tests)
         self.groups = materials(tests).tolist()
         self.ids = fingerprint(tests)
-        self.sizes = _sizes(sizes, len(pool))
+        self.sizes = chosen_sizes(sizes, len(pool))
         self.pool_atoms, self.test_atoms = pool, tests
         self.pool, self.test = packed(out, "pool", pool), packed(out, "test", tests)
 
@@ -301,6 +342,9 @@ class Study:
             "architecture": self.backbone, "bound": bound, "edges": self.edges, "label": dict(self.named[0]),
             "unit": dict(self.named[1]),
         }  # fmt: skip
+        if arm == DELTA:
+            arguments |= {"objective": copied(self.objective, minus=self.cheap)}
+            arguments |= {"label": dict(self.both_named[0]), "unit": dict(self.both_named[1])}
         if arm in (REPLAY, TOGETHER):
             arguments["old"] = {
                 "data": self.base_pack, "objective": self.base_objective, "label": dict(self.base_named[0]),
@@ -381,6 +425,19 @@ class Study:
         trained = [case for case in cases if case[0] not in UNTRAINED]
         return min(trained or cases, key=lambda case: validation_error(case, points), default=None)
 
+    def example(self, case: Arm, points: Sequence[Mapping[str, Any]]) -> Example | None:
+        """One model of an arm, of the most labels and the first seed, against its test set."""
+        own = [p for p in points if (p["arm"], p["n_pretraining"]) == case and p["errors"]]
+        if not own:
+            return None
+        most = max(own, key=lambda p: (p["n_train"], -p["seed"]))
+        folder = self.cell(case, most["n_train"], most["seed"], most["lr"]).folder(self.out)
+        model = load(folder / "run/model.safetensors").whole(DEAR if case[0] == TOGETHER else None)
+        named = self.both_named if case[0] == DELTA else self.named
+        pairs, labels = tested(model, self.test_atoms, *named)
+        units = {name: unit for name, unit in most["units"].items() if unit != "wrong"}
+        return Example(name_of(case), most["n_train"], self.test_atoms, pairs, units, labels)
+
     # ---------------------------------------------------------------------------------------------------- baselines
 
     def baselines(self, units: Mapping[str, str], fan_out: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -394,17 +451,27 @@ class Study:
             return []
         own, tested = compositions_of(self.pool_atoms), compositions_of(self.test_atoms)
         per = tested.sum(axis=1) if name == "energy" else 1
-        base = [self._said(seed) for seed in range(self.seeds)]
+        base = [] if self.cheap else [self._said(seed) for seed in range(self.seeds)]
         said = self._done(base, fan_out)
+        known = self._cheap_labels() if self.cheap else {}
         found = []
         for seed, n in product(range(self.seeds), self.sizes):
             members = nested(np.arange(len(labels)), [n], seed=seed)[0]
-            cheap = said[base[seed]]
-            known = {"cheap": np.array(cheap["pool"])[members], "test_cheap": cheap["test"]} if cheap else {}
-            for law, predicted in baselines(labels[members], own[members], tested, kind=kind, **known).items():
+            cheap = said[base[seed]] if base else known
+            through = {"cheap": np.array(cheap["pool"])[members], "test_cheap": cheap["test"]} if cheap else {}
+            for law, predicted in baselines(labels[members], own[members], tested, kind=kind, **through).items():
                 mae = float(np.mean(np.abs(predicted - wanted) / per))
                 found.append({"arm": law, "n_train": n, "seed": seed, "quantity": quantity, "mae": mae})
         return found
+
+    def _cheap_labels(self) -> dict[str, np.ndarray]:
+        """In the unit of the expensive ones."""
+        difference = copied(self.objective, minus=self.cheap)
+        sides = {"pool": self.pool_atoms, "test": self.test_atoms}
+        return {
+            side: scalars(self.objective, some, *self.named) - scalars(difference, some, *self.both_named)
+            for side, some in sides.items()
+        }
 
     def _said(self, seed: int) -> Cell:
         """What the base of a seed says of all structures without training."""
@@ -450,7 +517,10 @@ class Study:
                 f"a budget of {seconds:g} s leaves {each:.1f} s for each of {tunings} fine-tunings: give more time, or "
                 "fewer sizes, arms, rates or seeds"
             )
-        return {name: {"processor_time": f"{math.floor(t)}s"} for name, t in (("pretraining", first), ("tuning", each))}
+        return {
+            name: {"processor_time": f"{math.floor(10 * t) / 10:g}s"}
+            for name, t in (("pretraining", first), ("tuning", each))
+        }
 
 
 def validation_error(case: Arm, points: Iterable[Mapping[str, Any]]) -> float:
@@ -496,7 +566,7 @@ def _hours(cost: str | float) -> float:
     return hours
 
 
-def _sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
+def chosen_sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
     """In ascending order; by default doubled from ten on, and all."""
     if sizes is None:
         doubled = [10 * 2**k for k in range(40) if 10 * 2**k <= most]

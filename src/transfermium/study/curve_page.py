@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from ase import Atoms
 
-from ..report import Page, label_curves
+from ..data import Labels
+from ..evaluate import PRINTED, Pairs
+from ..report import Column, Page, label_curves, label_row, parity, parity_columns
 from .points import FEW, VALID
 
 Result = Mapping[str, Any]  # of `curve`, as JSON holds it
-SHOWN = {"eV/Å": ("meV/Å", 1e3), "eV/atom": ("meV/atom", 1e3), "eV/Å^3": ("meV/Å³", 1e3)}
 SPOKEN = {"energy_per_atom": "energies"}
 
 
-def page(result: Result) -> Page:
-    """One page with the verdict, curves, what a label is worth, laws, and how it was done."""
+class Example(NamedTuple):
+    """One model against its test set."""
+
+    arm: str
+    n_train: int
+    structures: Sequence[Atoms]
+    pairs: Pairs
+    units: Mapping[str, str]  # of the quantities that have parity plots
+    labels: Labels
+
+
+def page(result: Result, example: Example | None = None, viewer: bool = False) -> Page:
+    """One page with the verdict, curves, what a label is worth, laws, one model in detail, and how it was done.
+
+    With a `viewer` its test structures are shown beside the parity plot.
+    """
     page = Page("How many labels pre-training saves", "Error against number of labels")
     page.verdict(result["verdict"])
     for quantity in result["units"]:
@@ -35,6 +52,11 @@ def page(result: Result) -> Page:
         unit, _ = shown(result, quantity)
         name = SPOKEN.get(quantity, quantity)
         page.table(rows(result, quantity), f"Errors of {name} ({unit}): mean over seeds (lowest to highest)")
+        if has_baselines(result, quantity):
+            page.table(
+                rows(result, quantity, "baselines"),
+                f"Errors of {name} ({unit}) without a network, {result['baselines from']}",
+            )
         page.table(
             worths(result, quantity, "said"),
             f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
@@ -48,30 +70,39 @@ def page(result: Result) -> Page:
         spoken = SPOKEN.get(goal["quantity"], goal["quantity"])
         listed = [{"arm": arm, "labels needed": found["said"]} for arm, found in needed.items()]
         page.table(listed, f"Labels needed for an error of {spoken} of {goal['error']:g} {unit}")
+    if example is not None:
+        _show_example(page, example, viewer)
     _show_laws(page, result)
     _show_pretraining(page, result)
     _show_method(page, result)
+    if example is not None:
+        page.table([label_row(entry) for entry in example.labels.entries], "Labels of the test structures")
+    page.details("All settings", json.dumps(result["settings"], indent=1, ensure_ascii=False))
     return page.numbers(result)
 
 
 def shown(result: Result, quantity: str) -> tuple[str, float]:
     """The unit that errors are printed in, and the factor to it."""
     unit = result["units"][quantity]
-    return SHOWN.get(unit, (unit or "no unit", 1.0))
+    return PRINTED.get(unit, (unit or "no unit", 1.0))
 
 
-def rows(result: Result, quantity: str) -> list[dict[str, str]]:
-    """A row of each number of labels, a column of each arm and baseline; in the unit that is printed."""
+def rows(result: Result, quantity: str, source: str = "errors", ranges: bool = True) -> list[dict[str, str]]:
+    """A row of each number of labels, a column of each arm, or of each of the "baselines"; in the unit printed."""
     _, scale = shown(result, quantity)
     table = []
     for n in result["sizes"]:
         row = {"labels": f"{n:,}"}
-        for source in ("errors", "baselines"):
-            for arm in _arms(result[source], quantity):
-                found = [scale * e for e in _errors(result[source], quantity, arm, n)]
-                row[arm] = f"{np.mean(found):.4g} ({min(found):.4g} to {max(found):.4g})" if found else ""
+        for arm in _arms(result[source], quantity):
+            found = [scale * e for e in _errors(result[source], quantity, arm, n)]
+            span = f" ({min(found):.4g} to {max(found):.4g})" if found and ranges else ""
+            row[arm] = f"{np.mean(found):.4g}{span}" if found else ""
         table.append(row)
     return table
+
+
+def has_baselines(result: Result, quantity: str) -> bool:
+    return bool(_arms(result["baselines"], quantity))
 
 
 def worths(result: Result, quantity: str, what: str) -> list[dict[str, str]]:
@@ -128,6 +159,39 @@ def _worth(result: Result, quantity: str) -> dict[str, Points]:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _show_example(page: Page, example: Example, viewer: bool) -> None:
+    """Parity of every quantity, and with a viewer structures beside the one with a number per structure."""
+    page.heading("One model against the test structures")
+    said = f"{example.arm}, {example.n_train:,} labels, one seed"
+    columns: dict[str, Column] = {}
+    scalars = []
+    for quantity, unit in example.units.items():
+        label, prediction = (
+            [np.ravel(np.asarray(row[side], float)) for row in example.pairs[quantity]] for side in (0, 1)
+        )
+        name = SPOKEN.get(quantity, quantity)
+        points = {"label": np.concatenate(label), "prediction": np.concatenate(prediction), "unit": unit}
+        page.figure(parity(points, name), f"{name[0].upper()}{name[1:]}: {said}.")
+        if all(len(values) == 1 for values in label):
+            scalars.append(name)
+            given, said_of = ([float(v[0]) for v in values] for values in (label, prediction))
+            columns |= parity_columns(name, given, said_of, unit)
+        else:
+            printed, factor = PRINTED.get(unit, (unit, 1.0))
+            spread = [factor * _rms(p - y) for y, p in zip(label, prediction, strict=True)]
+            columns[f"{name}, RMSE"] = Column(spread, printed)
+    if viewer and scalars:
+        columns["formula"] = Column([str(atoms.symbols) for atoms in example.structures])
+        x, y = (f"{scalars[0]}, {what}" for what in ("label", "prediction"))
+        colour = f"{scalars[0]}, absolute error"
+        page.structures(example.structures, columns, f"Test structures: {said}", x=x, y=y, colour=colour, parity=True)
+
+
+def _rms(errors: np.ndarray) -> float:
+    known = errors[np.isfinite(errors)]
+    return float(np.sqrt(np.square(known).mean())) if len(known) else math.nan
 
 
 def _show_laws(page: Page, result: Result) -> None:

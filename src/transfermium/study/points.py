@@ -11,11 +11,12 @@ import torch
 from ase import Atoms
 
 from ..backbones import Backbone
-from ..data import Labelled, nested, read, resolve
+from ..data import Labelled, Labels, nested, read, resolve
 from ..data.sequences import Subset
 from ..data.split import split
+from ..dataset import subtractable
 from ..errors import InputError
-from ..evaluate import Pairs, compared, objective_of
+from ..evaluate import Pairs, compared, objective_of, output_of
 from ..model import Model, load
 from ..objectives import Fidelities, Objective, Property
 from ..transfer import finetune, pretrain
@@ -27,7 +28,8 @@ FEW = 10  # labels below which all of them train, and nothing is validated
 UNTRAINED = ("zero-shot", "aligned", "probe")  # all labels go into what they fit
 SCRATCH, LONG = "scratch", "scratch_long"
 REPLAY, TOGETHER = "replay", "multi-fidelity"
-DIRECT = (SCRATCH, LONG)  # arms that see nothing but the labels
+DELTA = "delta"
+DIRECT = (SCRATCH, LONG, DELTA)  # arms that see nothing but the labels
 CHEAP, DEAR = "cheap", "target"  # levels of what is learned together
 
 
@@ -204,7 +206,7 @@ def scalars(
     objective: Objective, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
 ) -> np.ndarray:
     """Labels of `scalar_of`, in the units that are learned; NaN where there is none: (n,)."""
-    name, _ = scalar_of(objective)
+    name = objective.output if isinstance(objective, Property) else "energy"
     labelled = _labelled(objective, structures, label, unit)
     rng = np.random.default_rng(0)  # no label looks at it
     samples = (objective.prepare(labelled[i], rng) for i in range(len(labelled)))
@@ -215,9 +217,16 @@ def errors_of(
     model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Of each quantity the mean absolute error of each structure (of classes 0 or 1), and its unit."""
+    return absolute(model, tested(model, structures, label, unit)[0])
+
+
+def tested(
+    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> tuple[Pairs, Labels]:
+    """Labels and predictions of every test structure, and what is known of the labels."""
     objective = objective_of(model).comparable()
     labelled = _labelled(objective, structures, label, unit)
-    return absolute(model, compared(model, objective, labelled, 10_000))
+    return compared(model, objective, labelled, 10_000), labelled.labels
 
 
 def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -234,7 +243,8 @@ def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[s
         if not all(np.isfinite(each).any() for each in found):
             continue
         errors[name] = [float(np.nanmean(each)) for each in found]
-        unit = model.card["quantities"].get(name.removesuffix("_per_atom"), ["", ""])[1]
+        output = output_of(model, name.removesuffix("_per_atom"))
+        unit = model.card["quantities"].get(output, ["", ""])[1]
         units[name] = f"{unit}/atom" if name == "energy_per_atom" else unit
     return errors, units
 
@@ -245,7 +255,7 @@ def _labelled(
     wanted = objective.labels()
     optional = list(wanted) if len(wanted) > 1 else []
     labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
-    return Labelled(structures, labels)
+    return Labelled(structures, subtractable(structures, labels, objective))
 
 
 def _base(folder: Path, model: str | None, base: Done | None) -> Path:
