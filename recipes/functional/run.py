@@ -1,0 +1,78 @@
+"""What pre-training on a cheap functional saves at an expensive one, measured (doi 10.1039/d3dd00030c).
+
+    python recipes/functional/run.py --data DIR                    all studies, one after the other
+    python recipes/functional/run.py --data DIR --only crystals    one of them
+
+Finished cells are kept in `--runs`, so that the same command goes on; a finished study writes NAME.json (all errors,
+laws, factors, intervals) and NAME.svg beside this file. Studies of several pairs share one folder of cells.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import arguments
+
+import transfermium as tm
+from transfermium.run import write_json
+from transfermium.study.curve import curve
+
+HERE = Path(__file__).parent
+KCAL = "kcal/mol"
+SMALL = ("alexandria-random-1k", "mpf-TP", "mpf-alkali-TP", "mptrj-random-1k", "random-TP")  # not the highest stress
+
+
+def crystals(data: Path, do: Callable[..., Any]) -> None:
+    """The crystals of the package, PBE to r2SCAN, and what the number of PBE structures is worth."""
+    do(
+        "crystals", tm.crystals("r2SCAN", "train"), tm.Potential(), base_data=tm.crystals("PBE", "train"),
+        test=tm.crystals("r2SCAN", "test"), base_sizes=[30, 60, 120, 220], sizes=[5, 10, 20, 40, 64],
+        backbone=tm.PaiNN(32, 2), pretraining="800steps", tuning="200steps", edges=2_000, target="150meV/Å",
+    )  # fmt: skip
+
+
+def water(data: Path, do: Callable[..., Any]) -> None:
+    """Salt water, revPBE0-D3 to r2SCAN: energies and forces."""
+    do(
+        "water", data / "nacl_water/r2SCAN.extxyz.xz", tm.Potential(stress=0.0),
+        base_data=data / "nacl_water/revPBE0-D3.extxyz.xz", sizes=[5, 10, 20, 40, 80, 160],
+        arms=["scratch", "aligned", "head", "full"], backbone=tm.PaiNN(32, 2), pretraining="300s",
+        tuning="30s", edges=10_000, target="100meV/Å",
+    )  # fmt: skip
+
+
+def molecules(data: Path, do: Callable[..., Any]) -> None:
+    """Atomization energies of molecules, DFTB3 to PBE0."""
+    everything = tm.read(data / "qm7_dftb3_pbe0/all.extxyz.xz")
+    pool = [a for a in everything if a.info["split"] != "test"]
+    ae, test = tm.Property("ae", "extensive"), [a for a in everything if a.info["split"] == "test"]
+    do(
+        "molecules", pool, ae, test=test, base_data=pool, label={"ae": "ae_pbe0_kcal"}, unit={"ae": KCAL},
+        base_label={"ae": "ae_dftb3_kcal"}, base_unit={"ae": KCAL}, sizes=[50, 100, 200, 400, 800, 1600, 4800],
+        backbone=tm.PaiNN(32, 2), pretraining="300s", tuning="30s",
+    )  # fmt: skip
+
+
+STUDIES = {"crystals": crystals, "water": water, "molecules": molecules}
+
+
+def main() -> None:
+    args = arguments(__doc__, only="", seeds=3, workers=2)
+
+    def do(name: str, structures: Any, objective: tm.Objective, folder: str | None = None, **options: Any) -> None:
+        out = args.runs / "functional" / (folder or name)
+        print(f"\n{name}", flush=True)
+        result = curve(structures, objective, out, seeds=args.seeds, workers=args.workers, **options)
+        write_json(HERE / f"{name}.json", result)
+
+    for name, study in STUDIES.items():
+        if args.only in ("", name):
+            study(args.data, do)
+
+
+if __name__ == "__main__":  # workers import this file
+    main()
