@@ -31,7 +31,7 @@ def crystals(data: Path, do: Callable[..., Any]) -> None:
     do(
         "crystals", tm.crystals("r2SCAN", "train"), tm.Potential(), base_data=tm.crystals("PBE", "train"),
         test=tm.crystals("r2SCAN", "test"), base_sizes=[30, 60, 120, 220], sizes=[5, 10, 20, 40, 64],
-        backbone=tm.PaiNN(32, 2), pretraining="800steps", tuning="200steps", edges=2_000, target="150meV/Å",
+        backbone=tm.PaiNN(32, 2), pretraining="800steps", tuning="300steps", edges=2_000, target="150meV/Å",
     )  # fmt: skip
 
 
