@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import arguments
 
 import transfermium as tm
+from transfermium.data import split
 from transfermium.run import write_json
 from transfermium.study.curve import curve
 
@@ -40,8 +42,8 @@ def water(data: Path, do: Callable[..., Any]) -> None:
     do(
         "water", data / "nacl_water/r2SCAN.extxyz.xz", tm.Potential(stress=0.0),
         base_data=data / "nacl_water/revPBE0-D3.extxyz.xz", sizes=[5, 10, 20, 40, 80, 160],
-        arms=["scratch", "aligned", "head", "full"], backbone=tm.PaiNN(32, 2), pretraining="300s",
-        tuning="30s", edges=10_000, target="100meV/Å",
+        arms=["scratch", "aligned", "head", "full", "replay"], backbone=tm.PaiNN(32, 2), pretraining="240s",
+        tuning="20s", edges=10_000, target="150meV/Å",
     )  # fmt: skip
 
 
@@ -57,7 +59,60 @@ def molecules(data: Path, do: Callable[..., Any]) -> None:
     )  # fmt: skip
 
 
-STUDIES = {"crystals": crystals, "water": water, "molecules": molecules}
+FUNCTIONALS = ("LDA", "PBE", "PBEsol", "AM05")
+
+
+def oxides(data: Path, do: Callable[..., Any]) -> None:
+    """Equations of state of oxides at four functionals: all pairs; none of a test curve is at any functional."""
+    read = {name: tm.read(data / f"bo2_polymorphs_4xc/{name}.extxyz.xz") for name in FUNCTIONALS}
+    for structures in read.values():
+        for atoms in structures:
+            atoms.info["eos"] = f"{atoms.info['oxide']} {atoms.info['polymorph']}"
+    divided = split(read["PBE"], 0.2, by="eos", seed=0)
+    unseen = {read["PBE"][int(i)].info["eos"] for i in divided.valid}
+    for base, target in permutations(FUNCTIONALS, 2):
+        do(
+            f"oxides-{base}-{target}", [a for a in read[target] if a.info["eos"] not in unseen], tm.Potential(),
+            folder="oxides", base_data=[a for a in read[base] if a.info["eos"] not in unseen],
+            test=[a for a in read[target] if a.info["eos"] in unseen], sizes=[5, 10, 20, 40, 80, 160],
+            backbone=tm.PaiNN(32, 2), pretraining="1000steps", tuning="300steps", target="10meV/atom",
+        )  # fmt: skip
+
+
+def gaps(data: Path, do: Callable[..., Any]) -> None:
+    """Band gaps, PBE to HSE, GLLB-SC and SCAN: transfer against joint training, with and without bond lengths."""
+    everything = tm.read(data / "mp_gap_multifidelity/all.extxyz.xz")
+    sides = {side: [a for a in everything if a.info["split"] == side] for side in ("train", "test")}
+    cheap = [a for a in sides["train"] if "gap_pbe" in a.info]
+    for name, backbone in (("TensorNet", tm.TensorNet(32, 2)), ("CGAT", tm.CGAT())):
+        for level, most in (("hse", 640), ("gllbsc", 640), ("scan", 160)):
+            own = {side: [a for a in some if f"gap_{level}" in a.info] for side, some in sides.items()}
+            do(
+                f"gaps-{name}-{level}", own["train"], tm.Property("gap"), folder="gaps", test=own["test"],
+                label={"gap": f"gap_{level}"}, base_data=cheap, base_label={"gap": "gap_pbe"}, backbone=backbone,
+                arms=["scratch", "aligned", "probe", "full", "multi-fidelity"],
+                sizes=[n for n in (20, 40, 80, 160, 320, 640) if n <= most], pretraining="120s", tuning="20s",
+            )  # fmt: skip
+
+
+def elements(data: Path, do: Callable[..., Any]) -> None:
+    """85 elements, PBE with U (VASP) to PBEsol without (Quantum ESPRESSO), and curves over both."""
+    do(
+        "elements", data / "mad_pbesol_1000/all.extxyz.xz", tm.Potential(),
+        base_data=[data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in SMALL],
+        base_sizes=[500, 1000, 2000, 4000], sizes=[20, 40, 80, 160, 320, 640], backbone=tm.TensorNet(32, 2),
+        pretraining="240s", tuning="30s", edges=8_000,
+    )  # fmt: skip
+
+
+STUDIES = {
+    "crystals": crystals,
+    "water": water,
+    "molecules": molecules,
+    "oxides": oxides,
+    "gaps": gaps,
+    "elements": elements,
+}
 
 
 def main() -> None:

@@ -175,6 +175,7 @@ def curve(
         "labels at hand": study.n_pool,
         "leaks": study.leaks,
         "base": study.said_of_base,
+        "theory": {side: _said_most(points, name) for side, name in (("labels", "theory"), ("base", "base theory"))},
         "dropped": study.dropped,
         "errors": [row for point in points for row in _rows(point)],
         "baselines from": f"through the label {cheap}" if cheap else "through what the base says, if anything",
@@ -492,8 +493,14 @@ class Study:
         cells = f"{bases} pre-trainings and {tunings} fine-tunings"
         if None in seconds:
             return cells
-        hours = (bases * (seconds[0] or 0.0) + tunings * (seconds[1] or 0.0)) / 3600
+        hours = ((bases + self._both_stages()) * (seconds[0] or 0.0) + tunings * (seconds[1] or 0.0)) / 3600
         return f"{cells}: at most {hours:.2g} hours of processor time"
+
+    def _both_stages(self) -> int:
+        """Fine-tunings that take the time of a pre-training too."""
+        arms = sum(arm in (LONG, TOGETHER) for arm in self.arms)
+        searched = sum(n >= FEW for n in self.sizes) * (len(self.rates) - 1)
+        return arms * (len(self.sizes) * self.seeds + searched)
 
     def _tunings(self, halving: bool) -> int:
         """Fine-tunings with those that search learning rates."""
@@ -508,7 +515,7 @@ class Study:
     def within(self, seconds: float, workers: int) -> dict[str, Any]:
         """Bounds of the stages that fit into a time: a third of it for bases, the rest for fine-tunings."""
         work = SHARE * seconds * workers
-        bases = len(self.base_sizes) * self.seeds
+        bases = len(self.base_sizes) * self.seeds + self._both_stages()
         tunings = self._tunings(halving=True)
         each = (2 / 3 if bases else 1.0) * work / max(tunings, 1)
         first = work / 3 / max(bases, 1)
@@ -586,6 +593,12 @@ def _by(key: str, structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequenc
         raise InputError(f"'{key}' names no test structures")
     rest = np.union1d(found.train, found.valid)
     return Subset(structures, rest), Subset(structures, found.test)
+
+
+def _said_most(points: Sequence[Mapping[str, Any]], name: str) -> str:
+    """What is known of the origin of labels, of the most of them that any point had."""
+    said = [p[name] for p in sorted(points, key=lambda p: p["n_train"]) if p.get(name) and p["arm"] != TOGETHER]
+    return said[-1] if said else ""
 
 
 def _rows(point: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

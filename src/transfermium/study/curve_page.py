@@ -75,6 +75,9 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     _show_laws(page, result)
     _show_pretraining(page, result)
     _show_method(page, result)
+    known = {"labels": "The labels", "base": "what bases learned"}
+    said = [f"{known[side]}: {words}" for side, words in result["theory"].items() if words]
+    page.text(f"Levels of theory. {'; '.join(said) or 'Nothing is known of them; the structures do not say'}.")
     if example is not None:
         page.table([label_row(entry) for entry in example.labels.entries], "Labels of the test structures")
     page.details("All settings", json.dumps(result["settings"], indent=1, ensure_ascii=False))

@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 
 from ..backbones import Backbone
+from ..card import theory
 from ..data import Labelled, Labels, nested, read, resolve
 from ..data.sequences import Subset
 from ..data.split import split
@@ -58,7 +59,7 @@ def based(
         Subset(everything, members), objective, architecture, **bound, seed=seed, edges=edges, label=label, unit=unit,
         out=folder / "run", verbose=False, device="cpu",
     )  # fmt: skip
-    return cost_of(model)
+    return {**cost_of(model), "theory": theory(model.card)}
 
 
 def point(
@@ -126,7 +127,8 @@ def point(
     errors, units = errors_of(trained, read(packed_at(folder, test)), label, unit)
     return {
         **said, **_forgotten(trained), "steps": cost["steps"], "train_seconds": cost["seconds"],
-        "test_ids_sha": ids, "units": units,
+        "test_ids_sha": ids, "units": units, "theory": theory(trained.card),
+        "base theory": "" if base is None else base.result.get("theory", ""),
         "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
         "validation": {name: found["mae"] for name, found in validation.items() if "mae" in found},
         "validation loss": cost["validation loss"], "errors": errors,
