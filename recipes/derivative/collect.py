@@ -30,7 +30,15 @@ machine = {
     "torch": torch.__version__,
     "transfermium": tm.__version__,
 }
-IDENTITY = ("target", "backbone", "n_train", "seed", "arm", "lr")
+IDENTITY = ("target", "backbone", "n_train", "seed", "arm", "lr", "pretraining")
+
+
+def pretraining(cell: dict) -> str | None:
+    """How long the base was trained that a cell needed."""
+    if "base" not in cell["needs"]:
+        return None
+    return json.loads((cells / cell["needs"]["base"] / "result.json").read_text())["arguments"]["time"]
+
 
 found = {}
 for file in sorted(cells.glob("tuned-*/result.json")):
@@ -38,6 +46,7 @@ for file in sorted(cells.glob("tuned-*/result.json")):
     run = cell["result"]
     if run["lr"] not in RATES or "target" not in run:  # of another search; or it diverged, and was never chosen
         continue
+    run["pretraining"] = pretraining(cell)
     key = tuple(str(run[name]) for name in IDENTITY)
     if key in found:
         raise SystemExit(f"{file.parent} and {found[key][1].parent} are the same run with other settings: keep one")

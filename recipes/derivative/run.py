@@ -9,7 +9,10 @@ an energy of its own. Finished cells are kept in `--runs`, so that the same comm
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from ase import Atoms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import arguments
@@ -27,8 +30,17 @@ FILES = (
 )  # not the highest-stress file
 CORE = ("denoise_derivative", "efs_direct", "efs_derivative")  # beside the two controls
 ALL = (*CORE, "denoise_direct", "e_derivative", "f_derivative", "fs_derivative", "dens_derivative")
-RATES = (4e-3, 1e-3)
+RATES, EDGES = (4e-3, 1e-3), 8_000
+BACKBONES = {"TensorNet": tm.TensorNet(32, 2), "CGCNN": tm.CGCNN(64, 64, 3, cutoff=5.0), "ET": tm.ET(32, 3)}
 IN_DOMAIN = "denoise_in_domain"  # on unlabelled perovskites, of which one target is about, and carbon
+
+
+def cheap(data: Path) -> dict[str, Sequence[Atoms]]:
+    """Two levels of theory to pre-train on."""
+    return {
+        "pbe": tm.read(*(data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in FILES)),
+        "pbesol": tm.read(data / "mad_pbesol_1000/all.extxyz.xz"),
+    }
 
 
 def targets(data: Path) -> dict[str, Target]:
@@ -61,22 +73,17 @@ def arms(data: Path, chosen: str) -> dict[str, Objective | Arm]:
 
 def main() -> None:
     args = arguments(__doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, pretraining="180s", tuning="30s")
-    cheap = {
-        "pbe": tm.read(*(args.data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in FILES)),
-        "pbesol": tm.read(args.data / "mad_pbesol_1000/all.extxyz.xz"),
-    }
-    backbones = {"TensorNet": tm.TensorNet(32, 2), "CGCNN": tm.CGCNN(64, 64, 3, cutoff=5.0), "ET": tm.ET(32, 3)}
     bakeoff(
-        cheap,
+        cheap(args.data),
         targets(args.data),
         args.runs / "derivative",
         arms=arms(args.data, args.arms),
-        backbones={args.backbone: backbones[args.backbone]},
+        backbones={args.backbone: BACKBONES[args.backbone]},
         pretraining=args.pretraining,
         tuning=args.tuning,
         seeds=args.seeds,
         rates=RATES,
-        edges=8_000,
+        edges=EDGES,
         workers=args.workers,
     )
 

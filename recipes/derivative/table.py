@@ -12,13 +12,16 @@ from run import RATES
 from transfermium.report import forest
 from transfermium.study.bakeoff_page import panels
 from transfermium.study.ranking import answers, comparisons, verdict
+from transfermium.train import parse_time
 
 HERE = Path(__file__).parent
+DOSED = "efs_derivative"
 
 
-def chosen_runs() -> list[dict]:
+def chosen_runs(pretraining: str = "180s") -> list[dict]:
     """Every run at the learning rate that its arm chose on its target (of a whole search), with its errors."""
     rows = json.loads((HERE / "results.json").read_text())
+    rows = [row for row in rows if row["pretraining"] in (None, pretraining)]
     arrays = np.load(HERE / "errors.npz")
     search: dict[tuple, dict[float, float]] = {}
     for row in rows:
@@ -54,6 +57,23 @@ def complete(runs: list[dict]) -> list[dict]:
         seeds = {seed for _, seed in shared if all((target, seed) in shared for target in targets)}
         kept += [run for run in here if run["target"] in targets and run["seed"] in seeds]
     return kept
+
+
+def doses() -> list[dict[str, str]]:
+    """Errors relative to scratch by how long was pre-trained, of the targets that all times have."""
+    known = {row["pretraining"] for row in json.loads((HERE / "results.json").read_text())} - {None}
+    table = []
+    for time in sorted(known, key=parse_time):
+        runs = [run for run in chosen_runs(time) if run["arm"] in ("scratch", DOSED) and run["backbone"] == "TensorNet"]
+        answered = answers(complete(runs)) if {run["arm"] for run in runs} == {"scratch", DOSED} else []
+        for one in answered:
+            seeds = len({run["seed"] for run in complete(runs)})
+            ratios = {target: f"{ratio:.2f}" for target, ratio in one["targets"].items()}
+            whole = (
+                f"{one['ratio']:.3f} ({one['low']:.3f} to {one['high']:.3f})" if seeds > 1 else f"{one['ratio']:.3f}"
+            )
+            table.append({"pre-training": time, "seeds": str(seeds), **ratios, "all": whole})
+    return table
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -95,6 +115,7 @@ def main() -> None:
         )
     )
     print("\n" + verdict(answered))
+    print(f"\n{DOSED}, errors relative to scratch\n\n{markdown(doses())}")
     backbones = {run["backbone"] for run in runs}
     figure = forest(panels({"comparisons": compared, "backbones": backbones}))
     figure.savefig(HERE.parents[1] / "docs/images/derivative.svg", bbox_inches="tight", metadata={"Date": None})
