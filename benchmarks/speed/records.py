@@ -34,6 +34,7 @@ KEYS = (
 EXTRAS = (
     "what",  # startup: import, info, first step
     "load",  # largest one-minute load average at the start of a measurement
+    "cap",  # to_accuracy: processor seconds after which each learning rate was given up
     "rounds",  # how often it was measured; numbers are medians
     "torch",
     "baseline_mb",  # peak resident memory before the first graph was made

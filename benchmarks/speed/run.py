@@ -214,7 +214,8 @@ def best_of_rates(attempt: Callable[[float, float], Measures], cap: float) -> Me
     for lr in RATES:
         attempts.append(attempt(lr, min([cap, *(one["cpu_s"] for one in attempts if one["cpu_s"])])))
     arrived = [one for one in attempts if one["cpu_s"]]
-    return min(arrived, key=lambda one: one["cpu_s"]) if arrived else min(attempts, key=lambda one: one["best"])
+    best = min(arrived, key=lambda one: one["cpu_s"]) if arrived else min(attempts, key=lambda one: one["best"])
+    return best | {"cap": cap}
 
 
 class Call(NamedTuple):

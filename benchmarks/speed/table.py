@@ -60,7 +60,7 @@ def short(found: Sequence[Record]) -> str:
     for one in sorted(pick(found, task="train", workload="W1", threads=1), key=lambda one: one["cpu_s"]):
         same = {"system": one["system"], "backbone": one["backbone"], "threads": 1, "workload": "W1"}
         infer, target = first(found, task="infer", **same), first(found, task="to_accuracy", **same)
-        reached = target and (target["cpu_s"] or f"not reached ({target['best']})")
+        reached = target and (target["cpu_s"] or beyond(target))
         rows.append([*name(one), 1e3 * one["cpu_s"], one["peak_mb"], infer and 1e3 * infer["cpu_s"], reached])
     columns = ["CPU", "width × layers", "training step, ms", "peak MB", "energy + forces, ms", "to 0.1 eV/Å, s"]
     return markdown(columns, rows)
@@ -331,7 +331,12 @@ def value(one: Record | None, key: str) -> float | None:
 def arrival(one: Record | None) -> str | float | None:
     if one is None:
         return None
-    return one["seconds_to_target"] or f"not reached ({one['best']})"
+    return one["seconds_to_target"] or beyond(one)
+
+
+def beyond(one: Record) -> str:
+    """How long was tried in vain, and the best force error until then."""
+    return f"not in {one['cap']:.0f} s ({one['best']:.2f})"
 
 
 def plural(threads: int) -> str:
