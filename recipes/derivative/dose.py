@@ -5,8 +5,13 @@
 Everything else, and the cells of training from scratch to compare with, are those of run.py, in the same folder.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
-from common import arguments  # run.py has put its folder on the path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import arguments
 from run import BACKBONES, EDGES, RATES, cheap, targets
 
 from transfermium.study.bakeoff import ARMS
