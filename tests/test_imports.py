@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 LAYERS = (  # lowest first; neighbours in a layer may import each other, though never in a circle
     {"errors", "console"},
-    {"graph", "nn", "optim"},
+    {"graph", "nn", "optim", "molecules", "observables"},
     {"messages"},
     {"backbones"},
     {"heads"},
@@ -20,18 +20,21 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
     {"train", "rehearsal", "dataset", "lora"},
     {
         "transfer",
+        "stage",
         "align",
         "unseen",
         "card",
+        "equivariance",
         "evaluate",
         "features",
         "ladder",
         "probe",
         "replay",
         "calculator",
+        "dynamics",
         "teacher",
     },
-    {"study", "doctor", "report", "simulate", "export", "demo", "testing"},
+    {"study", "doctor", "report", "simulate", "relax", "export", "demo", "testing"},
     {"transfermium"},  # the public names
     {"cli", "__main__"},
 )

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from .backbones import CGAT, CGCNN, ET, Backbone, Features, PaiNN, TensorNet
+from .backbones import CGAT, CGCNN, EGNN, ET, GNS, Backbone, Features, ForceNet, PaiNN, TensorNet
 from .calculator import Calculator
 from .crystals import crystals
 from .data import PackedSet, leaks, pack, read
@@ -21,15 +21,19 @@ from .heads import (
     VectorHead,
 )
 from .model import Gradient, Model, Strain, load
-from .objectives import Denoise, Fidelities, Objective, Potential, Property, Together
+from .objectives import Denoise, Fidelities, MaskAtoms, MaskElements, Objective, Potential, Property, Together
 from .probe import ProbeHead
+from .relax import relax
+from .simulate import md
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
 
 __all__ = [
     "CGAT",
     "CGCNN",
+    "EGNN",
     "ET",
+    "GNS",
     "AtomHead",
     "Backbone",
     "Calculator",
@@ -40,9 +44,12 @@ __all__ = [
     "EnergyHead",
     "Features",
     "Fidelities",
+    "ForceNet",
     "Gradient",
     "Head",
     "InputError",
+    "MaskAtoms",
+    "MaskElements",
     "Model",
     "Objective",
     "PackedSet",
@@ -63,9 +70,11 @@ __all__ = [
     "finetune",
     "leaks",
     "load",
+    "md",
     "pack",
     "predict",
     "pretrain",
     "read",
+    "relax",
     "train",
 ]

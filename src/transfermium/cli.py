@@ -216,6 +216,35 @@ def curve(arguments: Arguments) -> None:
         print(json.dumps(result, ensure_ascii=False))
 
 
+def md(arguments: Arguments) -> None:
+    """Molecular dynamics with a model, with a page about it."""
+    from .simulate import md as run
+
+    as_json = arguments.pop("json")
+    if not as_json:
+        _show_configuration("md", arguments, run)
+    model, structure, out = (arguments.pop(name) for name in ("model", "structure", "out"))
+    result = run(model, structure, out, verbose=not as_json, **arguments)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    if result["stopped"]:  # which has been said
+        sys.exit(1)
+
+
+def relax(arguments: Arguments) -> None:
+    """Structures at the minimum of a model's energy."""
+    from .relax import relax as run
+
+    as_json = arguments.pop("json")
+    model, structures, out = (arguments.pop(name) for name in ("model", "data", "out"))
+    relaxed = run(model, structures, out, verbose=not as_json, **arguments)
+    if as_json:
+        print(json.dumps([atoms.info for atoms in relaxed], ensure_ascii=False, default=str))
+    console.print(f"{len(relaxed)} structures written to {out}", markup=False, soft_wrap=True)
+    if not all(atoms.info["relaxed"] for atoms in relaxed):  # which has been said
+        sys.exit(1)
+
+
 def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> dict[str, dict[str, str]]:
     wanted = objective.labels()
     return {option: {k: v for k, v in pairs.items() if k in wanted} for option, pairs in named.items()}
@@ -223,7 +252,7 @@ def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> d
 
 VERBS: dict[str, Callable[[Arguments], None]] = {
     verb.__name__: verb
-    for verb in (demo, pretrain, finetune, evaluate, predict, features, info, pack, leaks, bakeoff, curve)
+    for verb in (demo, pretrain, finetune, evaluate, predict, features, info, pack, leaks, bakeoff, curve, md, relax)
 }
 
 
@@ -303,6 +332,8 @@ def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
         "leaks": _leaks_parser,
         "bakeoff": lambda: _bakeoff_parser(backbone),
         "curve": lambda: _curve_parser(backbone),
+        "md": _md_parser,
+        "relax": _relax_parser,
     }
     parser = Parser(
         prog="transfermium", description="Pre-train on cheap data, transfer to few labels.", version=__version__
@@ -504,6 +535,53 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     return parser
 
 
+def _md_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("model", type=str, help="model: a file, a run folder, or small, which ships with the package")
+    parser.add_argument("structure", type=str, help="a file; where it has momenta they are kept")
+    parser.add_argument("--index", type=int, default=None, help="which structure of the file, -1 is the last")
+    parser.add_argument("--out", type=str, required=True, help="folder; the same command goes on, a longer time too")
+    parser.add_argument("--ensemble", type=str, default="nvt", help="nve, nvt or npt")
+    parser.add_argument("--thermostat", type=str, default=None, help="of nvt: langevin, bussi or nose-hoover")
+    parser.add_argument("--temperature", type=float, default=300.0, help="in K; of nve that of random momenta")
+    parser.add_argument("--pressure", type=str, default=None, help="of npt, such as 1bar or 0.1GPa")
+    parser.add_argument("--timestep", type=str, default="0.5fs", help="2fs where there is no hydrogen")
+    parser.add_argument("--time", type=str, default="2ps", help="of the whole, or 1000steps")
+    parser.add_argument("--every", type=str, default="10fs", help="between rows of log and trajectory")
+    parser.add_argument("--tau", type=str, default="100fs", help="time in which the thermostat acts")
+    parser.add_argument("--tau-pressure", type=str, default="1ps", help="time in which the barostat acts")
+    parser.add_argument("--seed", type=int, default=0, help="of momenta and thermostat")
+    parser.add_argument("--skip", type=str, default="0ps", help="left out of averages at the beginning")
+    help = "frames of the same substance, to compare radial distribution functions with"
+    parser.add_argument("--reference", nargs="+", type=str, default=None, help=help)
+    parser.add_argument("--pairs", nargs="+", type=str, default=None, help="of elements to compare, such as O-O")
+    parser.add_argument("--most-force", type=float, default=50.0, help="in eV/Å, beyond which it has exploded")
+    _simulation_arguments(parser)
+    return parser
+
+
+def _relax_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("model", type=str, help="model: a file, a run folder, or small, which ships with the package")
+    parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    parser.add_argument("--out", type=str, required=True, help="an .extxyz file; the same command goes on")
+    parser.add_argument("--fmax", type=float, default=0.05, help="in eV/Å, the largest force that is left")
+    parser.add_argument("--cell", action="store_true", help="relax the cells too")
+    parser.add_argument("--optimizer", type=str, default="FIRE", help="FIRE or LBFGS")
+    parser.add_argument("--steps", type=int, default=500, help="of each structure, at most")
+    _simulation_arguments(parser)
+    return parser
+
+
+def _simulation_arguments(parser: Parser) -> None:
+    _part_argument(parser)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--allow-unseen", action="store_true", help="also with elements that the model never saw")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
 def _demo_parser() -> Parser:
     parser = Parser()
     parser.add_argument("--out", type=str, default="transfermium-demo", help="folder for models and report")
@@ -643,7 +721,7 @@ def _readable(message: str, options: Sequence[str]) -> str:
         return f"there is no {keys[0]} '{found[1]}', only {', '.join(names)}{_nearest(found[1], names)}"
     if found := re.search(r"arguments are required: ([\w.]+)", text):
         verb, _, name = found[1].rpartition(".")
-        positional = name in ("data", "model", "base")
+        positional = name in ("data", "model", "base", "structure")
         return f"{verb or keys[0]} needs {name if positional else '--' + '.'.join([*keys, name])}"
     if found := re.search(r"invalid choice: '(\S+)'", text):
         return f"there is no verb '{found[1]}', only {', '.join(VERBS)}{_nearest(found[1], list(VERBS))}"

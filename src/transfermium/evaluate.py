@@ -21,7 +21,7 @@ from .align import and_
 from .console import console, track
 from .data.columns import count_elements, elements, has
 from .data.labels import KEYS, Labelled, Labels, available, resolve
-from .data.load import VALIDATION, count_edges, plan, rng_of
+from .data.load import VALIDATION, Batches, count_edges, plan, rng_of
 from .data.read import Source, read
 from .data.sequences import Subset
 from .data.split import by_key
@@ -30,9 +30,9 @@ from .errors import InputError
 from .graph import to_batch, to_graph
 from .heads import EnergyHead
 from .model import Model, load, rebuilt, write_whole
-from .objectives import Objective, Property, Together
+from .objectives import MaskAtoms, Objective, Together
 from .objectives.base import label as as_label
-from .train import chosen_device, in_parts
+from .train import chosen_device, evaluate_loss, in_parts
 from .unseen import WITHOUT
 
 T = TypeVar("T")
@@ -104,7 +104,20 @@ def evaluate(
 
     model = model.to(chosen_device(device)).eval()
     pairs = compared(model, objective, labelled, edges, seed, quiet=not verbose)
-    return {"n": len(labelled), **scores(model, objective, pairs, [atoms.numbers for atoms in given])}
+    found = scores(model, objective, pairs, [atoms.numbers for atoms in given])
+    return {"n": len(labelled), **(found if pairs else _losses(model, objective, labelled, edges, seed))}
+
+
+def _losses(
+    model: Model, objective: Objective, structures: Sequence[ase.Atoms], edges: int, seed: int
+) -> dict[str, Any]:
+    """Terms of the loss, where outputs have no values to be compared with; of masking, beside its floor."""
+    batches = Batches(structures, objective, model.backbone.edges, seed, VALIDATION)
+    terms = evaluate_loss(model, batches, [np.array(members) for members in parts(model, structures, edges)])
+    found: dict[str, Any] = {name: {"loss": loss, "n": len(structures), "unit": ""} for name, loss in terms.items()}
+    if isinstance(objective, MaskAtoms) and "direction" in found:
+        found["direction"]["floor"] = objective.floor(structures)
+    return found
 
 
 def _of_parts(
@@ -186,7 +199,7 @@ def scores(model: Model, objective: Objective, pairs: Pairs, numbers: Sequence[n
     """Errors of each output that has labels; `numbers` are the atomic numbers of each structure."""
     result = {}
     for name, rows in pairs.items():
-        classes = isinstance(objective, Property) and objective.task == "classification"
+        classes = getattr(objective, "task", None) == "classification"
         if found := _class_scores(rows) if classes else _errors(rows, numbers, name, model):
             result[name] = found
     return result
@@ -278,7 +291,7 @@ def printable(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         unit, factor = PRINTED.get(found.get("unit", ""), (found.get("unit", ""), 1.0))
         cells = {"quantity": name.replace("_", " "), "labels": str(found["n"])}
-        for measure in ("mae", "rmse", "r2", "accuracy", "roc_auc", "cross_entropy"):
+        for measure in ("mae", "rmse", "r2", "accuracy", "roc_auc", "cross_entropy", "loss", "floor"):
             if measure in found:
                 scale = factor if measure in ("mae", "rmse") else 1.0
                 cells[measure.upper() if scale != 1.0 or "mae" in found else measure] = f"{found[measure] * scale:.4g}"

@@ -39,7 +39,7 @@ def features(
 ) -> FeatureTable:
     """What each layer of the backbone knows of structures: invariant under rotation and the order of atoms.
 
-    Layers are those of `Model.features`.
+    Layers are those of `Model.features`. Those of a backbone that obeys no rotation depend on the orientation.
 
     Args:
         out: a .parquet or .csv file, with a column "structure" (and, of atoms, "atom") before the features.

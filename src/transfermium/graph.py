@@ -114,7 +114,7 @@ class Sample(NamedTuple):
 
     atoms: ase.Atoms
     targets: dict[str, np.ndarray]  # leading axis: 1 (per structure) or n_atoms; NaN where there is no label
-    inputs: Mapping[str, np.ndarray] = {}  # leading axis likewise
+    inputs: Mapping[str, np.ndarray] = {}  # leading axis likewise; in both, rows of 3 are vectors, of 3×3 tensors
 
 
 class Batch(NamedTuple):

@@ -23,7 +23,7 @@ from .errors import InputError
 from .graph import AtomGraph, Cutoff
 from .heads import Head, LevelHead
 from .messages import EdgeFormula, Neighborhood, Radii, fixed_weights
-from .nn import Bessel, NodeInputs, lengths_and_directions
+from .nn import Bessel, NodeInputs, lengths_and_directions, mlp
 
 FORMAT = 1
 SMOOTH = 1e-4  # under roots, or features would have a kink where vectors vanish or all atoms are alike
@@ -76,9 +76,11 @@ class Model(nn.Module):
         self.card: dict[str, Any] = dict(card or {})
 
         needs = frozenset().union(*(head.needs for head in self._heads().values()))
-        self.bond_vectors = None
+        self.bond_vectors: BondVectors | FreeVectors | None = None
         if "vectors" in needs and "vectors" not in backbone.laws:
-            self.bond_vectors = BondVectors(backbone.width, backbone.edges.radius)
+            turns = "rotation" in backbone.laws
+            radius = backbone.edges.radius
+            self.bond_vectors = BondVectors(backbone.width, radius) if turns else FreeVectors(backbone.width)
 
     @property
     def outputs(self) -> dict[str, Output]:
@@ -391,6 +393,19 @@ class BondVectors(nn.Module):
 
     def filters(self, at: Radii) -> Tensor:
         return (at.basis @ self.filter.weight[:, :-1].mT + self.filter.weight[:, -1]) * at.envelope
+
+
+class FreeVectors(nn.Module):
+    """Vectors for backbones that obey no rotation, decoded from their scalars: (n_atoms, 3, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.decode = mlp(width, width, 3 * width)
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        decoded: Tensor = self.decode(features.scalars)
+        return decoded.unflatten(1, (3, self.width))
 
 
 BOND_VECTORS = EdgeFormula(

@@ -13,6 +13,7 @@ from .errors import InputError
 from .graph import AtomGraph
 
 LAST_ELEMENT = 118
+FLAGS = frozenset({"masked"})  # inputs that are zero where a graph has none, as for a structure that is whole
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
@@ -50,7 +51,7 @@ class NodeInputs(nn.Module):
         width: length of the result per atom.
         elements: highest atomic number that can be told apart.
         inputs: names of scalar inputs in `AtomGraph.inputs`; their weights start at zero, so that a model that
-            gains an input is at first the model it was.
+            gains an input is at first the model it was. A graph has all of them, except that `FLAGS` may be absent.
     """
 
     def __init__(self, width: int, elements: int = LAST_ELEMENT, inputs: Sequence[str] = ()):
@@ -66,6 +67,8 @@ class NodeInputs(nn.Module):
         self._check(graph.atomic_numbers)
         result = self.element(graph.atomic_numbers)
         for name, linear in self.inputs.items():
+            if name in FLAGS and name not in graph.inputs:
+                continue
             if name not in graph.inputs:
                 raise InputError(f"this model has to be told '{name}' beside the structure: give it, or choose a part")
             result = result + linear(graph.inputs[name])
@@ -97,12 +100,16 @@ class VectorInputs(nn.Module):
         width: channels of scalars and of vectors.
         names: of the vectors in `AtomGraph.inputs`, (n_atoms, 3) each.
         directed: for backbones that have vectors; others see lengths only.
+        components: for backbones that obey no rotation: they see components as well, as scalars.
     """
 
-    def __init__(self, width: int, names: Sequence[str] = (), directed: bool = True):
+    def __init__(self, width: int, names: Sequence[str] = (), directed: bool = True, components: bool = False):
         super().__init__()
-        self.lengths = nn.ModuleDict({name: nn.Linear(2, width, bias=False) for name in names})
-        self.directions = nn.ModuleDict({name: nn.Linear(2, width, bias=False) for name in names if directed})
+        self.components = components
+        numbers = 8 if components else 2
+        self.lengths = nn.ModuleDict({name: nn.Linear(numbers, width, bias=False) for name in names})
+        vectors = names if directed and not components else ()
+        self.directions = nn.ModuleDict({name: nn.Linear(2, width, bias=False) for name in vectors})
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
@@ -115,9 +122,11 @@ class VectorInputs(nn.Module):
                 vector = graph.inputs[name]
                 length2 = vector.square().sum(dim=1, keepdim=True)
                 size = torch.cat([length2 / (1 + length2), torch.log1p(length2)], dim=1)  # forces span some decades
+                bounded = torch.cat([torch.ones_like(length2), size[:, 1:]], dim=1) * torch.rsqrt(1 + length2)
+                if self.components:
+                    size = torch.cat([size, vector * bounded[:, :1], vector * bounded[:, 1:]], dim=1)
                 scalars = plus(self.lengths[name](size), scalars)
                 if name in self.directions:
-                    bounded = torch.cat([torch.ones_like(length2), size[:, 1:]], dim=1) * torch.rsqrt(1 + length2)
                     vectors = plus(vector.unsqueeze(2) * self.directions[name](bounded).unsqueeze(1), vectors)
         return scalars, vectors
 

@@ -154,6 +154,9 @@ def train(
     last. With `out`, metrics are written there, and a run that was stopped goes on where it last saved its state: on a
     CPU the result is bit for bit that of an uninterrupted run bounded by steps.
 
+    A backbone whose laws do not name rotation sees each of `structures` in a new orientation every time, and `valid` as
+    it is.
+
     Under torchrun or srun all processes train together: each works on its share of every step and of the validation,
     all have the same weights after it, and the first one alone writes. Structures are read by the process that works on
     them, so all must see the same ones.
@@ -277,7 +280,8 @@ class _Run:
         distributed.share([*self.model.parameters(), *self.model.buffers()])
 
         edges = model.backbone.edges
-        self.batches = Batches(structures, objective, edges, config.seed)
+        turning = "rotation" not in model.backbone.laws
+        self.batches = Batches(structures, objective, edges, config.seed, turning=turning)
         self.counts = _counted(self.batches, counting)
         self.valid = Batches(valid, objective, edges, config.seed, VALIDATION)
         valid_counts = _counted(self.valid)

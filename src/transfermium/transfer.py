@@ -1,43 +1,37 @@
-"""Pre-train, transfer, align: from structures to a model."""
+"""Pre-train and fine-tune: from structures, and perhaps a base, to a model."""
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ase
 import torch
 from torch import nn
 
-from . import __version__, distributed
+from . import distributed
 from .align import align_references, show_alignment
 from .backbones import Backbone, TensorNet
-from .card import card_of, examples, known_of, theory, theory_of, validated
-from .console import bar, console, table
+from .card import theory, theory_of
+from .console import console
 from .data.read import Source, read
 from .dataset import TrainingData
 from .errors import InputError
-from .evaluate import without_elements
 from .graph import Sample
 from .heads import LevelHead
 from .ladder import climbed, rungs
-from .lora import RANK, adapt, merged
-from .model import Model, described, load, write_whole
+from .lora import RANK, adapt
+from .model import Model, described, load
 from .objectives import Objective, Property
 from .objectives.base import told
 from .probe import probed, probes, told_of_probe
-from .rehearsal import rehearse
-from .replay import Beside, Ledger, beside, check_ledger, chosen_replay, show_forgetting
-from .run import claim, fingerprint, write_json
+from .replay import Ledger, beside, check_ledger, chosen_replay
+from .run import fingerprint
+from .stage import claimed, configured, lasting, rehearsed, trained
 from .teacher import taught
-from .train import Progress, TrainConfig, chosen_device, read_metrics, train
+from .train import chosen_device
 from .unseen import check_policy, settle_unseen, unseen_in_words
 
 
@@ -98,7 +92,7 @@ def pretrain(
         InputError: for data, labels or options that cannot be used.
     """
     distributed.join()
-    settings = _train_config(config)
+    settings = configured(config)
     _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
     _check_together(backbone, objective)
@@ -118,9 +112,9 @@ def pretrain(
         "backbone": architecture,
         **data.asked,
         **lesson.asked,
-        "train": _lasting(settings),
+        "train": lasting(settings),
     }
-    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
+    folder, finished = distributed.from_first(lambda: claimed(out, asked, dry_run, verbose))
     if finished is not None:
         return finished
 
@@ -133,8 +127,8 @@ def pretrain(
         head.calibrate(*settled.calibration(name, samples))  # type: ignore[operator]
     report = settle_unseen(model, settled, samples, {}, validated=data.validated)
     if dry_run:
-        return _rehearsed(model, settled, data, settings, folder, verbose)
-    return _trained(model, settled, data, settings, folder, asked, history=[], report=report, verbose=verbose)
+        return rehearsed(model, settled, data, settings, folder, verbose)
+    return trained(model, settled, data, settings, folder, asked, history=[], report=report, verbose=verbose)
 
 
 def finetune(
@@ -208,7 +202,7 @@ def finetune(
     if ledger is not None:
         check_ledger(base, objective)
     check_policy(unseen, align)
-    settings = _train_config(_with_strategy(strategy, objective, config), base.architecture()["dtype"])
+    settings = configured(_with_strategy(strategy, objective, config), base.architecture()["dtype"])
     align = align and strategy != "zero-shot"
     _check_together(base.backbone, objective)
     lesson = taught(
@@ -222,7 +216,7 @@ def finetune(
 
     identity = {"card": base.card.get("history", []), "weights": weights_fingerprint(base)}
     asked: dict[str, Any] = {"verb": "finetune", "base": identity, "align": align}
-    asked |= {**data.asked, **lesson.asked, "train": _lasting(settings)}
+    asked |= {**data.asked, **lesson.asked, "train": lasting(settings)}
     if strategy != "full":
         asked["strategy"] = strategy
     if rank is not None:
@@ -236,7 +230,7 @@ def finetune(
         asked["ledger"] = distributed.from_first(lambda: fingerprint(read(ledger)))
     if verbose and (before := theory(base.card)) and (now := theory_of(data)):
         console.print(f"Labels: the base learned {before}; these are {now}", markup=False)
-    folder, finished = distributed.from_first(lambda: _claimed(out, asked, dry_run, verbose))
+    folder, finished = distributed.from_first(lambda: claimed(out, asked, dry_run, verbose))
     if finished is not None:
         return finished
     if strategy == "auto":
@@ -268,8 +262,8 @@ def finetune(
         book = book or own
     updates = None if rank is None else _adapted(model, base, rank, settings.seed, verbose)
     if dry_run:
-        return _rehearsed(model, settled, data, settings, folder, verbose, two)
-    return _trained(
+        return rehearsed(model, settled, data, settings, folder, verbose, two)
+    return trained(
         model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base,
         two=two, ledger=book, updates=updates,
     )  # fmt: skip
@@ -360,109 +354,6 @@ def _goes_on(head: nn.Module, base: nn.Module) -> bool:
     return described(head) == described(base)
 
 
-def _trained(
-    model: Model,
-    objective: Objective,
-    data: TrainingData,
-    config: TrainConfig,
-    folder: Path | None,
-    asked: Mapping[str, Any],
-    history: Sequence[Any],
-    report: Mapping[str, Any],
-    verbose: bool,
-    base: Model | None = None,
-    *,
-    two: Beside | None = None,
-    ledger: Ledger | None = None,
-    updates: Mapping[str, int] | None = None,
-) -> Model:
-    """Run the loop, fill the card, write the run folder: the first process alone writes."""
-    folder = folder if distributed.rank() == 0 else None
-    if folder is not None:
-        write_json(folder / "labels.json", data.labels.to_json())
-        data.split.save(folder / "split.json")
-
-    last = None
-    with bar(quiet=not verbose or config.n_steps == 0) as bars:
-        counting = bars.add_task("finding neighbours", total=len(two.train if two else data.train), note="")
-        task = bars.add_task("training", total=1.0, note="", start=False)
-        progress = train(
-            *_learned(model, objective, data, two), config, valid=two.valid if two else data.valid, out=folder,
-            counting=lambda done: bars.update(counting, completed=done),
-        )  # fmt: skip
-        bars.remove_task(counting)
-        for first, last in zip(chain([True], repeat(False)), progress, strict=False):
-            bars.start_task(task)
-            if first and last.step > 1 and verbose:
-                console.print(f"Going on after step {last.step - 1}")
-            best = "" if last.best is None else f" · best validation {last.best:.4g}"
-            bars.update(task, completed=last.fraction, note=f"step {last.step} · loss {last.loss:.4g}{best}")
-
-    model.backbone = merged(model.backbone)
-    stage = {
-        "verb": asked["verb"],
-        "objective": described(objective),
-        "data": asked["data"],
-        "structures": len(data.train),
-        **({"leaks left out": len(asked["leaks"])} if "leaks" in asked else {}),
-        **known_of(data),
-        **({"teacher": asked["teacher"]} if "teacher" in asked else {}),
-        "validation structures": len(data.valid),
-        **distributed.from_first(lambda: _ending(last, folder)),
-        "alignment": dict(report),
-        **({"lora": dict(updates)} if updates else {}),
-        **({"replay": two.said} if two else {}),
-        **({"forgetting": ledger.entry(two.base if two else model)} if ledger else {}),
-        "transfermium": __version__,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    if ledger and verbose:
-        show_forgetting(stage["forgetting"])
-    model.card = distributed.from_first(lambda: card_of(model, objective, data, [*history, stage], base))
-    if len(data.valid):
-        found = validated(model, objective, data.valid, config)
-        model.card["metrics"]["validation"] = without_elements(found.errors)
-        if folder is not None:
-            some, known = examples(data.valid, found.by_structure)
-            write_whole(folder / "validation.extxyz", some)
-            content = {"errors": found.errors, "parity": found.parity, "structures": known}
-            write_json(folder / "validation.json", content)
-    model.to("cpu")
-    if folder is not None:
-        model.save(folder / "model.safetensors")
-    return model.eval()
-
-
-def _learned(
-    model: Model, objective: Objective, data: TrainingData, two: Beside | None
-) -> tuple[Model, Objective, Sequence[ase.Atoms]]:
-    """What is trained, on what: with replay a model of two tasks, whose backbone and heads are those of the one."""
-    return (two.model, two.objective, two.train) if two else (model, objective, data.train)
-
-
-def _rehearsed(
-    model: Model,
-    objective: Objective,
-    data: TrainingData,
-    config: TrainConfig,
-    folder: Path | None,
-    verbose: bool,
-    two: Beside | None = None,
-) -> Model:
-    with bar(quiet=not verbose) as bars:
-        task = bars.add_task("finding neighbours", total=len(two.train if two else data.train), note="")
-        cost = rehearse(
-            *_learned(model, objective, data, two), config, valid=two.valid if two else data.valid, out=folder,
-            counting=lambda done: bars.update(task, completed=done),
-        )  # fmt: skip
-    if verbose:
-        console.print(table("", cost.rows()))
-    model.backbone = merged(model.backbone)
-    model.card = {"dry run": cost._asdict()}
-    return model.to("cpu").eval()
-
-
 def _names(objective: Objective) -> list[str]:
     """Of its outputs."""
     with torch.random.fork_rng(devices=[]):
@@ -478,53 +369,6 @@ def _check_together(backbone: Backbone, objective: Objective) -> None:
     """Refuse, before anything is read, an objective that wants what the backbone cannot give."""
     with torch.random.fork_rng(devices=[]):
         Model(told(backbone, objective), objective.outputs(backbone.width))
-
-
-def _train_config(options: Mapping[str, Any], dtype: Literal["float32", "float64"] = "float32") -> TrainConfig:
-    try:
-        config = TrainConfig(**options)
-    except TypeError as error:
-        raise InputError(f"{str(error).split('__init__() ')[-1]}: TrainConfig lists the options of a run") from None
-    chosen_device(config.device)  # one that is not there is said before any work
-    return replace(config, dtype=config.dtype or dtype)
-
-
-def _finished(folder: Path | None) -> Model | None:
-    if folder is None or not (folder / "model.safetensors").exists():
-        return None
-    return load(folder / "model.safetensors")
-
-
-def _lasting(config: TrainConfig) -> dict[str, Any]:
-    """The options of a run, and over how many batches a step is shared, which decides what a step is."""
-    return {**asdict(config), "batches per step": distributed.size() * config.accumulate}
-
-
-def _claimed(
-    out: str | Path | None, asked: Mapping[str, Any], dry_run: bool, verbose: bool
-) -> tuple[Path | None, Model | None]:
-    """The folder of a run, and its model when it had finished; a dry run leaves the folder as it is."""
-    folder = claim(out, asked, read_only=dry_run)
-    finished = None if dry_run else _finished(folder)
-    if finished is not None and verbose:
-        console.print(f"{folder} is finished already: nothing is left to do", markup=False)
-    return folder, finished
-
-
-def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:
-    """How far training came; from its metrics where no step was left to do."""
-    if last is not None:
-        best = last.best if last.best is None or math.isfinite(last.best) else None
-        seconds = {"seconds": round(last.elapsed, 1), "processor seconds": round(last.cpu, 1)}
-        return {"steps": last.step, **seconds, "best validation loss": best}
-    rows = read_metrics(folder) if folder is not None else []
-    losses = [row["valid"] for row in rows if "valid" in row]
-    return {
-        "steps": rows[-1]["step"] if rows else 0,
-        "seconds": round(rows[-1].get("elapsed", 0.0), 1) if rows else 0.0,
-        "processor seconds": round(rows[-1].get("cpu", 0.0), 1) if rows else 0.0,
-        "best validation loss": min(losses, default=None),
-    }
 
 
 def weights_fingerprint(model: Model) -> str:

@@ -3,18 +3,22 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
-from tests.alloys import alloys
+from tests.alloys import alloys, without
 from transfermium.data import read
 from transfermium.errors import InputError
+from transfermium.model import load
 from transfermium.report import need_viewer
-from transfermium.study.curve import bound_of, chosen_sizes, curve, validation_error
+from transfermium.study.curve import Study, bound_of, chosen_sizes, curve, validation_error
 from transfermium.study.curve_laws import Curves, goal_of, summary
-from transfermium.study.points import valid_fraction
+from transfermium.study.points import absolute, valid_fraction
 
 
 def points(arm, law, sizes, seeds=3, n_pretraining=None, scatter=0.02, n_test=40):
@@ -103,10 +107,59 @@ class TestSummary:
         assert curves.seeds(("full", None)) == (0, 1)
         assert len(transfer.logs) == len(other.logs) == 2
 
+    def test_arms_whose_seeds_have_nothing_in_common_with_scratch_are_not_compared(self):
+        broken, other = points("full", worth_four, SIZES, seeds=2), points("scratch", scratch, SIZES, seeds=2)
+        broken[0], other[-1] = {**broken[0], "errors": None}, {**other[-1], "errors": None}  # of seeds 0 and 1
+        result = summary(Curves(other + broken), chosen=("full", None), labels=160)
+        assert result["factors"]["gap"] == {}
+        assert "So many runs diverged" in result["verdict"]
+
+    def test_runs_that_all_diverged_are_told(self):
+        with pytest.raises(InputError, match="all trainings diverged"):
+            Curves([{**point, "errors": None} for point in points("full", scratch, SIZES)])
+
+    def test_what_is_needed_is_not_told_as_a_negative_number(self):
+        few = SIZES[:3]
+        curves = Curves(points("scratch", scratch, few) + points("full", worth_four, few, scatter=0.3))
+        law = curves.fit(("full", None), "gap", (0, 1, 2))
+        error = float(law.predict([25])[0])
+        assert law.inverse(error).low < 20  # the labels at hand lie in the interval
+        told = summary(curves, chosen=("full", None), goal=goal_of(error, curves.units), labels=20)["verdict"]
+        assert told.endswith("more are needed.")
+        assert "-" not in told.split("at hand")[1]
+        told = summary(curves, chosen=("full", None), goal=goal_of(1e-3, curves.units), labels=200)["verdict"]
+        assert told.endswith("Whether 200 labels are enough is not told beyond 40: add larger sizes.")
+
+    def test_labels_are_enough_where_the_whole_interval_says_so(self):
+        curves = Curves(points("scratch", scratch, SIZES) + points("full", worth_four, SIZES, scatter=0.1))
+        needed = curves.fit(("full", None), "gap", (0, 1, 2)).inverse(0.5)
+        for labels, said in ((needed.high + 1, "are enough"), (needed.value + 0.1, "are probably enough")):
+            assert (
+                said
+                in summary(curves, chosen=("full", None), goal=goal_of(0.5, curves.units), labels=labels)["verdict"]
+            )
+
+    def test_a_difference_is_not_called_pretraining(self):
+        for arm, words in (("delta", "Learning the difference helps"), ("multi-fidelity", "Learning both levels")):
+            both = points("scratch", scratch, SIZES) + points(arm, worth_four, SIZES)
+            told = summary(Curves(both), chosen=(arm, None), labels=160)["verdict"]
+            assert words in told
+            assert "Pre-training" not in told
+
+    def test_what_was_learned_is_judged(self):
+        assert Curves(energies_and_forces()).quantities[0] == "forces"
+        assert Curves(energies_and_forces(), learned=["energy"]).quantities == ["energy_per_atom", "forces"]
+
     def test_classes_that_are_never_wrong_count_half_a_mistake(self):
         perfect = points("full", lambda n: 0.0, SIZES)
         curves = Curves(points("scratch", scratch, SIZES) + perfect)
         assert np.allclose(curves.errors(("full", None), "gap").mean(axis=2), 0.5 / 40)
+
+
+def energies_and_forces():
+    return [
+        {**p, "errors": {q: p["errors"]["gap"] for q in UNITS}, "units": UNITS} for p in points("full", scratch, SIZES)
+    ]
 
 
 UNITS = {"forces": "eV/Å", "energy_per_atom": "eV/atom"}
@@ -128,7 +181,11 @@ def test_target_errors(text, quantity, error):
     assert goal_of(text, UNITS) == (quantity, pytest.approx(error))
 
 
-@pytest.mark.parametrize("text", ["small", "-3", "0", "5 kcal/mol", "meV"])
+def test_target_stresses_are_given_as_they_are_printed():
+    assert goal_of("1 GPa", {"stress": "eV/Å^3"}) == ("stress", pytest.approx(1 / 160.21766208))
+
+
+@pytest.mark.parametrize("text", ["small", "-3", "0", "5 kcal/mol", "meV", "1..2", "."])
 def test_target_errors_that_are_none(text):
     with pytest.raises(InputError, match="target error"):
         goal_of(text, UNITS)
@@ -155,13 +212,47 @@ def test_the_arm_of_the_verdict_is_chosen_without_test_errors():
     assert validation_error(("none", None), flattered) == math.inf
 
 
+def test_an_arm_that_diverged_is_chosen_last():
+    diverged = points("head", lambda n: 0.01, [10, 20])
+    diverged[0] = {**diverged[0], "errors": None, "validation": {}}
+    assert validation_error(("head", None), diverged) == math.inf
+
+
+def test_an_arm_without_validation_errors_is_chosen_first():
+    assert validation_error(("full", None), points("full", lambda n: 0.0, [10])) < 1e-6
+
+
+def test_the_validation_error_of_what_was_learned_counts():
+    both = [{**p, "validation": {"energy_per_atom": 0.2, "forces": 3.0}} for p in points("full", scratch, [10])]
+    assert validation_error(("full", None), both, ["energy"]) == pytest.approx(0.2)
+    assert validation_error(("full", None), both, ["energy", "forces"]) == pytest.approx(3.0)
+
+
+def test_the_sizes_of_the_base_of_an_arm_are_dropped_together():
+    cases = [("scratch", None), ("head", 60), ("full", 30), ("full", 60)]
+    errors = {("scratch", None): 9.0, ("head", 60): 2.0, ("full", 30): 3.0, ("full", 60): 1.0}
+    said = [p for (arm, m), e in errors.items() for p in points(arm, lambda n, e=e: e, [10], n_pretraining=m)]
+    study = SimpleNamespace(wanted=["gap"], dropped=[])
+    assert Study._halved(study, cases, said) == [("scratch", None), ("full", 30), ("full", 60)]
+    assert study.dropped == ["head (60)"]
+
+
+def test_unknown_classes_are_not_wrong():
+    model = SimpleNamespace(card={"quantities": {}}, outputs={})
+    likely = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    errors, units = absolute(model, {"site": [(np.array([1.0, 1.0, np.nan, 0.0]), likely)]})
+    assert (errors["site"], units["site"]) == ([pytest.approx(1 / 3)], "wrong")
+
+
+SMALL = {
+    "base_data": alloys(30, seed=7), "backbone": tm.PaiNN(8, 1, 4.0, 6), "sizes": [5, 10, 16], "seeds": 2,
+    "pretraining": "6steps", "tuning": "4steps", "rates": [2e-3], "edges": 400, "quiet": True,
+}  # fmt: skip
+
+
 def small(out, **changes):
-    options = {
-        "base_data": alloys(30, seed=7), "backbone": tm.PaiNN(8, 1, 4.0, 6), "sizes": [5, 10, 16], "seeds": 2,
-        "pretraining": "6steps", "tuning": "4steps", "rates": [2e-3], "edges": 400, "quiet": True,
-    }  # fmt: skip
     with ThreadPoolExecutor(1) as pool:
-        return curve(alloys(24, seed=3), tm.Potential(), out, **{**options, "executor": pool, **changes})
+        return curve(alloys(24, seed=3), tm.Potential(), out, **{**SMALL, "executor": pool, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +350,104 @@ def test_a_dry_run_computes_nothing(tmp_path, capsys):
     assert "2 pre-trainings and 12 fine-tunings: at most 0.13 hours" in " ".join(capsys.readouterr().err.split())
 
 
+ONE = {"sizes": [5], "seeds": 1, "pretraining": "2steps", "tuning": "2steps"}
+
+
+def models(out, arm):
+    return [load(file) for file in sorted(out.glob(f"cells/point-{arm}-*/run/model.safetensors"))]
+
+
+def test_what_is_learned_again_is_what_the_base_learned(tmp_path):
+    small(tmp_path, **ONE, arms=["replay", "multi-fidelity"], base_sizes=[8])
+    (joint,), (replayed,) = models(tmp_path, "multi-fidelity"), models(tmp_path, "replay")
+    assert joint.card["history"][-1]["structures"] == 8 + 5
+    assert replayed.card["history"][-1]["replay"]["structures"] == 8
+
+
+def test_what_a_denoising_model_calls_energy_is_no_cheap_value(tmp_path):
+    result = small(tmp_path, **ONE, base_objective=tm.Denoise(0.1), arms=["full"])
+    assert {row["arm"] for row in result["baselines"]} == {"mean", "per-element fit"}
+
+
+def test_a_part_of_a_base_that_is_pretrained_here(tmp_path):
+    both = tm.Together({"dft": tm.Potential(), "noise": tm.Denoise(0.1)})
+    result = small(tmp_path, **ONE, base_objective=both, part="dft", arms=["full"])
+    assert {row["arm"] for row in result["errors"]} == {"scratch", "full"}
+
+
+def test_isolated_atoms_are_neither_labels_nor_tests(tmp_path, capsys):
+    lone = Atoms("Cu", info={"config_type": "IsolatedAtom"})
+    lone.calc = SinglePointCalculator(lone, energy=-0.2, forces=np.zeros((1, 3)))
+    result = small(tmp_path, **{**ONE, "arms": ["aligned"], "test": [*alloys(4, seed=11), lone]})
+    assert result["test structures"] == 4
+    assert "1 isolated atoms are no structures of a curve" in capsys.readouterr().err
+
+
+def deep(structures, per_atom):
+    for atoms in structures:
+        atoms.calc.results["energy"] += per_atom * len(atoms)
+    return structures
+
+
+def test_elements_that_no_label_has_are_guessed_for_arms_without_a_base_too(tmp_path):
+    """With zero for their reference, pre-training would save labels by arithmetic alone."""
+    copper = alloys(8, seed=3)
+    for atoms in copper:
+        labels, atoms.numbers[:] = atoms.calc.results, 29
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+    arms = {"arms": ["multi-fidelity", "full"], "base_data": deep(alloys(8, seed=7), -90.0)}
+    with ThreadPoolExecutor(1) as executor:
+        result = curve(
+            deep(copper, -100.0), tm.Potential(), tmp_path, test=deep(alloys(4, seed=11), -100.0), executor=executor,
+            **{**SMALL, **ONE, **arms},
+        )  # fmt: skip
+    errors = {row["arm"]: row["mae"] for row in result["errors"] if row["quantity"] == "energy_per_atom"}
+    assert set(errors) == {"scratch", "multi-fidelity", "full"}
+    assert max(errors.values()) < 5
+
+
+def test_energies_that_some_structures_lack(tmp_path):
+    """Of the labels they cost the baselines nothing but these; of the tests they are not judged, and that is said."""
+    pool, tests = alloys(12, seed=3), alloys(4, seed=11)
+    some = [*without(pool[:1], "energy"), *pool[1:]]
+    options = {**ONE, "sizes": [10], "arms": ["aligned"]}
+    with ThreadPoolExecutor(1) as executor:
+        result = curve(some, tm.Potential(), tmp_path / "a", **{**SMALL, **options}, test=tests, executor=executor)
+        assert result["not judged"] == []
+        assert {row["quantity"] for row in result["baselines"]} == {"energy_per_atom"}
+        tests = [*without(tests[:1], "energy"), *tests[1:]]
+        result = curve(pool, tm.Potential(), tmp_path / "b", **{**SMALL, **options}, test=tests, executor=executor)
+    assert result["not judged"] == ["energy"]
+    assert list(result["units"]) == ["forces", "stress"]
+    assert "no errors of energy" in (tmp_path / "b/report.html").read_text()
+
+
+def test_frames_of_one_material_are_drawn_one_by_one(tmp_path):
+    tests = alloys(4, seed=11)
+    for atoms in tests:
+        atoms.info["traj_id"] = "melt"
+    result = small(tmp_path, **{**ONE, "sizes": [5, 6], "arms": ["aligned"]}, test=tests)
+    assert result["test materials"] == 1
+    assert "structures of one material test" in (tmp_path / "report.html").read_text()
+
+
+def metals(n, seed):
+    structures = alloys(n, seed)
+    for atoms in structures:
+        atoms.info["rich"] = int((atoms.numbers == 29).sum() > 1)
+    return structures
+
+
+def test_classes_are_chosen_by_their_validation(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        result = curve(
+            metals(24, 3), tm.Property("rich", task="classification"), tmp_path, executor=pool,
+            **{**SMALL, **ONE, "base_data": metals(20, 7), "sizes": [10, 16], "arms": ["head", "full"]},
+        )  # fmt: skip
+    assert result["verdict by"] == "validation errors"
+    assert result["units"] == {"rich": "wrong"}
+
+
 def volumes(n, seed):
     structures = alloys(n, seed)
     for atoms in structures:
@@ -280,6 +469,23 @@ def test_a_difference_from_a_cheap_label(tmp_path):
     assert errors["delta"] < 0.2 * errors["cheap value"]  # it begins with the mean difference
     assert result["baselines from"] == "through the label v"
     assert {row["unit"] for row in result["errors"]} == {""}
+
+
+def test_all_sizes_of_bases_are_drawn_for_an_arm_that_has_a_base(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        result = curve(
+            volumes(24, 3), tm.Property("dear"), tmp_path, label={"v": "cheap"}, cheap="v",
+            base_label={"dear": "cheap"}, executor=pool,
+            **{**SMALL, **ONE, "base_data": volumes(20, 7), "arms": ["delta", "aligned"], "base_sizes": [6, 12]},
+        )  # fmt: skip
+    assert result["arms"] == ["scratch", "delta", "aligned (6)", "aligned (12)"]
+
+
+def test_a_cheap_label_that_is_not_there_is_missed_before_anything_is_trained(tmp_path):
+    data = volumes(24, 3)
+    with pytest.raises(InputError, match="no cheap label 'w'"):
+        curve(data, tm.Property("dear"), tmp_path, cheap="w", **{**SMALL, "base_data": data, "arms": ["delta"]})
+    assert not list(tmp_path.glob("cells/*"))
 
 
 def test_structures_are_beside_the_parity_plot(study):
@@ -311,6 +517,11 @@ def test_structures_are_beside_the_parity_plot(study):
         ({"base_data": None, "base": "small", "arms": ["replay"]}, "give them as base_data"),
         ({"cost_per_label": 0}, "must cost something"),
         ({"split_key": "nothing"}, "nothing"),
+        ({"arms": ["probe"]}, "'probe' learns one number per structure, not Potential"),
+        ({"arms": ["multi-fidelity"], "base_objective": tm.Denoise(0.1)}, "other outputs"),
+        ({"test": alloys(1, seed=11)}, "one test structure gives no interval"),
+        ({"base_label": {"energy": "E_pbe"}}, "to pre-train on: .*E_pbe"),
+        ({"target": "1..2"}, "not a number above zero"),
         ({"base_data": None, "base": "small", "base_sizes": [3]}, "pre-trained here"),
     ],
 )

@@ -21,7 +21,7 @@ class Edges(NamedTuple):
 class Features(NamedTuple):
     """What a backbone knows of each atom."""
 
-    scalars: Tensor  # (n_atoms, width), unchanged when the structure turns
+    scalars: Tensor  # (n_atoms, width), unchanged when the structure turns, if that is a law of the backbone
     vectors: Tensor | None = None  # (n_atoms, 3, width), turning with the structure
     edges: Edges | None = None  # filled in by the model for heads that need it
     layers: dict[str, Tensor] | None = None  # likewise: each layer's invariants, (n_atoms, some width)
@@ -32,7 +32,8 @@ class Backbone(nn.Module):
 
     A subclass sets `width` (of its features), `edges` (how its graph is built) and keeps every constructor argument
     as an attribute of the same name. `laws` names what `transfermium.testing.check_backbone` holds it to; a backbone
-    that returns vectors adds "vectors".
+    that returns vectors adds "vectors". One that does not name "rotation" is trained on turned structures, and vectors
+    are decoded from its scalars.
     """
 
     laws: ClassVar[frozenset[str]] = frozenset({"rotation", "reflection", "smooth", "derivatives"})

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import InputError
-from ..graph import Batch, Cutoff, Neighbors, Shells, to_batch
+from ..graph import Batch, Cutoff, Neighbors, Sample, Shells, to_batch
 from ..objectives import Objective
 from .sequences import original
 
@@ -94,6 +94,31 @@ def deal(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
     return [np.array(sorted(lot), int) for lot in lots]
 
 
+def random_rotation(rng: np.random.Generator) -> np.ndarray:
+    """A matrix that turns columns, every rotation being as likely as any other: (3, 3)."""
+    q, r = np.linalg.qr(rng.normal(size=(3, 3)))
+    q = q * np.sign(np.diag(r))
+    return q * np.linalg.det(q)  # rather than its mirror image
+
+
+def turned(sample: Sample, rotation: np.ndarray) -> Sample:
+    """The sample in another orientation, with its inputs and targets: rows of 3 are vectors, of 3×3 tensors."""
+    atoms = sample.atoms
+    positions, cell = atoms.positions @ rotation.T, atoms.cell.array @ rotation.T
+    return Sample(
+        ase.Atoms(atoms.numbers, positions, cell=cell, pbc=atoms.pbc),
+        {name: turned_rows(values, rotation) for name, values in sample.targets.items()},
+        {name: turned_rows(values, rotation) for name, values in sample.inputs.items()},
+    )
+
+
+def turned_rows(values: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Rows of 3 numbers as vectors, of 3×3 as tensors, all others as they are."""
+    if values.shape[1:] == (3, 3):
+        return rotation @ values @ rotation.T
+    return values @ rotation.T if values.shape[1:] == (3,) else values
+
+
 class Kept(NamedTuple):
     """Neighbours found before."""
 
@@ -107,6 +132,9 @@ class Batches(Dataset[Batch]):
 
     Neighbours of structures whose atoms the objective leaves in place are kept until their geometry changes, in at most
     `memory` bytes; batches are the same without.
+
+    With `turning`, which is for backbones that obey no rotation, each structure is turned as a whole at every access,
+    about a random axis by a random angle, with all that is to be learned of it.
     """
 
     def __init__(
@@ -117,6 +145,7 @@ class Batches(Dataset[Batch]):
         seed: int,
         kind: int = TRAINING,
         memory: int = MEMORY,
+        turning: bool = False,
     ):
         self.structures = structures
         self.objective = objective
@@ -124,6 +153,7 @@ class Batches(Dataset[Batch]):
         self.seed = seed
         self.kind = kind
         self.memory = memory
+        self.turning = turning
         self.kept: dict[int, Kept] = {}
 
     def __getitem__(self, address: tuple[int, np.ndarray]) -> Batch:
@@ -131,10 +161,11 @@ class Batches(Dataset[Batch]):
         samples, neighbors = [], []
         for index in map(int, members):
             atoms = self.structures[index]
-            sample = self.objective.prepare(atoms, rng_of(self.seed, self.kind, epoch, index))
-            samples.append(sample)
+            rng = rng_of(self.seed, self.kind, epoch, index)
+            sample = self.objective.prepare(atoms, rng)
             still = _in_place(sample.atoms, atoms)
             neighbors.append(self._neighbors(index, atoms) if still else self.edges.neighbors(sample.atoms))
+            samples.append(turned(sample, random_rotation(rng)) if self.turning else sample)  # it keeps its neighbours
         return to_batch(samples, self.edges, neighbors)
 
     def _neighbors(self, index: int, atoms: ase.Atoms) -> Neighbors:

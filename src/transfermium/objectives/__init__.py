@@ -3,8 +3,19 @@
 from .base import Objective, Quantity
 from .denoise import Denoise
 from .fidelity import Fidelities
+from .mask import MaskAtoms, MaskElements
 from .potential import Potential
 from .property import Property
 from .together import Together
 
-__all__ = ["Denoise", "Fidelities", "Objective", "Potential", "Property", "Quantity", "Together"]
+__all__ = [
+    "Denoise",
+    "Fidelities",
+    "MaskAtoms",
+    "MaskElements",
+    "Objective",
+    "Potential",
+    "Property",
+    "Quantity",
+    "Together",
+]

@@ -59,8 +59,9 @@ class Fidelities(Parts):
             kinds = {level: _kinds(part) for level, part in self.parts.items()}
         first = self.levels[0]
         for level, part in self.parts.items():
-            if part.vector_inputs():
-                raise InputError(f"{level} is {type(part).__name__}, which tells the model vectors: levels cannot")
+            if part.vector_inputs() or part.scalar_inputs():
+                what = "vectors" if part.vector_inputs() else "numbers"
+                raise InputError(f"{level} is {type(part).__name__}, which tells the model {what}: levels cannot")
             if kinds[level] != kinds[first]:
                 raise InputError(
                     f"{first} and {level} would have other outputs, but levels of theory share them: give objectives "

@@ -89,6 +89,9 @@ class Parts(Objective):
     def vector_inputs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.vector_inputs()))
 
+    def scalar_inputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.scalar_inputs()))
+
     def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
         return [
             f"{name}: {text}"
@@ -192,11 +195,20 @@ class Together(Parts):
         for name, sample in samples.items():
             seen = name in candidates and sample.atoms is view
             for target, values in sample.targets.items():
-                targets[f"{name} {target}"] = values if seen else np.full(np.shape(values), np.nan)
+                targets[f"{name} {target}"] = values if seen else _blank(values, np.nan, sample.atoms, view)
             for given, values in sample.inputs.items():
                 if seen or given not in inputs:
-                    inputs[given] = values if seen else np.zeros(np.shape(values))
+                    inputs[given] = values if seen else _blank(values, 0.0, sample.atoms, view)
         return Sample(view, targets, inputs)
+
+
+def _blank(values: np.ndarray, fill: float, seen: ase.Atoms, view: ase.Atoms) -> np.ndarray:
+    """One number in place of values of a structure as it was `seen`, in the shape for another view of it.
+
+    Views may differ in their number of atoms, as when some are masked, but none leaves one atom of several.
+    """
+    rows = len(view) if len(values) == len(seen) else len(values)
+    return np.full((rows, *np.shape(values)[1:]), fill)
 
 
 def _of_part(part: str, targets: Mapping[str, T]) -> Iterator[tuple[str, T]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import product
@@ -15,7 +16,8 @@ from ase import Atoms
 
 from ..backbones import Backbone, TensorNet
 from ..console import console, table
-from ..data import read
+from ..data import read, resolve
+from ..data.columns import isolated_atoms
 from ..data.leakage import summary as leaked
 from ..data.leakage import without
 from ..data.read import Source
@@ -23,8 +25,9 @@ from ..data.sequences import Subset
 from ..data.split import by_key, materials, nested, split
 from ..errors import InputError
 from ..model import Model, copied, described, load
-from ..objectives import Objective, Property
+from ..objectives import Fidelities, Objective, Property
 from ..objectives.together import Parts
+from ..probe import probes
 from ..report import need_viewer
 from ..run import fingerprint, write_json
 from ..train import parse_time
@@ -32,10 +35,11 @@ from ..transfer import weights_fingerprint
 from .bakeoff_page import finite
 from .baselines import baselines, compositions_of
 from .cells import Cell, run
-from .curve_laws import MARGIN, Arm, Curves, goal_of, name_of, summary
+from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, number_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
 from .plan import Target, divided, packed
 from .points import (
+    CHEAP,
     DEAR,
     DELTA,
     FEW,
@@ -59,6 +63,7 @@ USUAL = (SCRATCH, "aligned", "full")
 RATES = (2e-3, 5e-4)
 FEWEST = 5  # labels of the smallest size
 SHARE = 0.7  # of a budget that is trained: the rest is reading, testing and starting
+TINY = 1e-12  # an error of nothing, whose logarithm is taken
 LEAST = 2.0  # seconds of a fine-tuning below which a budget is refused
 
 
@@ -146,6 +151,8 @@ def curve(
         quiet,
     )  # fmt: skip
     cost = None if cost_per_label is None else _hours(cost_per_label)
+    if target is not None:
+        number_of(target)  # what is no error is said before hours of work; units are known behind them
     if budget is None:
         study.bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
     else:
@@ -159,7 +166,7 @@ def curve(
     fan_out: dict[str, Any] = {"executor": executor, "workers": workers, "quiet": quiet}
     points = study.run(fan_out, halving=budget is not None)
 
-    curves, best = Curves(points, study.groups), study.best(points)
+    curves, best = Curves(points, study.groups, study.wanted), study.best(points)
     goal = None if target is None else goal_of(target, curves.units)
     result: dict[str, Any] = {
         "settings": {
@@ -171,12 +178,14 @@ def curve(
         "base sizes": study.base_sizes,
         "seeds": seeds,
         "test structures": study.n_test,
-        "test materials": len(set(study.groups)),
+        "test materials": study.n_materials,
         "labels at hand": study.n_pool,
         "leaks": study.leaks,
         "base": study.said_of_base,
         "theory": {side: _said_most(points, name) for side, name in (("labels", "theory"), ("base", "base theory"))},
         "dropped": study.dropped,
+        "not judged": [name for name in study.wanted if not {name, f"{name}_per_atom"} & curves.units.keys()],
+        "verdict by": None if best is None else study.chosen_by(best, points),
         "errors": [row for point in points for row in _rows(point)],
         "baselines from": f"through the label {cheap}" if cheap else "through what the base says, if anything",
         "baselines": study.baselines(curves.units, fan_out),
@@ -241,25 +250,48 @@ class Study:
             if arm not in ARMS:
                 raise InputError(f"there is no arm '{arm}': choose among {', '.join(ARMS)}")
         if isinstance(objective, Parts):
-            raise InputError(f"a curve is of one objective, not of {objective!r}")
+            raise InputError(f"a curve is of one objective, not of {type(objective).__name__}")
+        if not objective.labels():
+            raise InputError(
+                f"{type(objective).__name__} learns no labels that a curve could count: give another objective"
+            )
+        if "probe" in self.arms and not probes(objective):
+            raise InputError(
+                f"the arm 'probe' learns one number per structure, not {type(objective).__name__} as it is given here: "
+                "leave the arm out"
+            )
+        if TOGETHER in self.arms and base_objective is not None:
+            Fidelities({CHEAP: base_objective, DEAR: objective})  # or says why they are not learned together
+        self.wanted = [name for name in objective.labels() if name != getattr(objective, "minus", None)]
 
         if base_data is None and (needy := {REPLAY, TOGETHER} & set(self.arms)):
             raise InputError(f"the arm '{min(needy)}' learns the base's structures too: give them as base_data")
 
         if (cheap is not None or DELTA in self.arms) and not isinstance(objective, Property):
-            raise InputError(f"a difference from a cheap label is learned of a property, not of {objective!r}")
+            raise InputError(
+                f"a difference from a cheap label is learned of a property, not of {type(objective).__name__}"
+            )
         if DELTA in self.arms and cheap is None:
             raise InputError("the arm 'delta' learns the difference from a cheap label: name it as cheap (--cheap)")
         if split_key is not None and test is not None:
             raise InputError("test structures are given, and named by a key too: leave one out")
         if split_key is not None:
             structures, test = _by(split_key, read(structures))
+        structures, test = _bonded(structures), None if test is None else _bonded(test)
         pool, tests = divided("target", Target(structures, objective, test, *self.named))
         self.n_pool, self.n_test = len(pool), len(tests)
+        if self.n_test < 2:
+            raise InputError("one test structure gives no interval: give several (--test)")
         self.groups = materials(tests).tolist()
+        self.n_materials = len(set(self.groups))
+        if self.n_materials == 1:  # its frames are what other tests would draw from
+            self.groups = list(range(self.n_test))
         self.ids = fingerprint(tests)
         self.sizes = chosen_sizes(sizes, len(pool))
         self.pool_atoms, self.test_atoms = pool, tests
+        self.known = {} if cheap is None else self._cheap_labels()
+        in_tests = compositions_of(tests).any(axis=0)
+        self.varied = not compositions_of(pool)[:, in_tests].all()  # a few labels may lack an element of the tests
         self.pool, self.test = packed(out, "pool", pool), packed(out, "test", tests)
 
         self.model: str | None = None
@@ -299,6 +331,15 @@ class Study:
         tests: Sequence[Atoms],
         quiet: bool,
     ) -> None:
+        if wanted := {} if isinstance(objective, Parts) else objective.labels():
+            label, unit = self.base_named
+            optional = [name for name, needed in wanted.items() if not needed]
+            try:
+                labels = resolve(data, list(wanted), labels=label, units=unit, optional=optional)
+            except InputError as error:
+                raise InputError(f"structures to pre-train on: {error}") from None
+            if not labels.entries:
+                raise InputError(f"no structure to pre-train on has any of {', '.join(wanted)}: name their keys")
         kept, found = without(data, tests, quiet=quiet)
         self.leaks = leaked(found, len(data))
         if not len(kept):
@@ -311,7 +352,7 @@ class Study:
         self.base_sizes = sorted(set(sizes or [len(kept)]))
         if not 0 < self.base_sizes[0] <= self.base_sizes[-1] <= len(kept):
             raise InputError(f"base sizes {self.base_sizes} cannot be taken from {len(kept)} structures: ask for fewer")
-        self.base_objective, self.base_pack = objective, packed(self.out, "base", kept)
+        self.base_objective, self.base_pack, self.n_base = objective, packed(self.out, "base", kept), len(kept)
         many = " or ".join(f"{n:,}" for n in self.base_sizes)
         self.said_of_base = f"pre-trained on {many} structures, anew for each seed"
         if not quiet:
@@ -320,9 +361,10 @@ class Study:
     # ------------------------------------------------------------------------------------------------------- cells
 
     def cases(self) -> list[Arm]:
-        """Arms and the sizes of their bases; only the last of the trained arms is drawn over all of these."""
-        trained = [arm for arm in self.arms if arm not in (SCRATCH, LONG, TOGETHER, *UNTRAINED)]
-        swept = next((arm for arm in ("full", *trained) if arm in trained), None)
+        """Arms and the sizes of their bases; only one, if possible a trained one, is drawn over all of these."""
+        based = [arm for arm in self.arms if arm not in BASELESS]
+        trained = [arm for arm in based if arm not in UNTRAINED]
+        swept = next((arm for arm in ("full", *trained, *based) if arm in based), None)
         several = len(self.base_sizes) > 1
         found: list[Arm] = []
         for arm in self.arms:
@@ -343,6 +385,8 @@ class Study:
             "architecture": self.backbone, "bound": bound, "edges": self.edges, "label": dict(self.named[0]),
             "unit": dict(self.named[1]),
         }  # fmt: skip
+        if arm in BASELESS and self.varied and "energy" in self.wanted:
+            arguments["guess"] = True
         if arm == DELTA:
             arguments |= {"objective": copied(self.objective, minus=self.cheap)}
             arguments |= {"label": dict(self.both_named[0]), "unit": dict(self.both_named[1])}
@@ -351,6 +395,8 @@ class Study:
                 "data": self.base_pack, "objective": self.base_objective, "label": dict(self.base_named[0]),
                 "unit": dict(self.base_named[1]),
             }  # fmt: skip
+            if (n := m or self.base_sizes[-1]) < self.n_base:
+                arguments["old"]["n"] = n
         if arm in BASELESS:
             return Cell(key, point, arguments)
         if self.base_sizes and self.ledger is not None:
@@ -361,15 +407,16 @@ class Study:
         return Cell(key, point, {**arguments, **base}, needs)
 
     def _base(self, m: int | None, seed: int) -> tuple[dict[str, Any], dict[str, Cell]]:
+        part = {} if self.part is None else {"part": self.part}
         if self.model is not None:
-            return {"model": self.model, **({} if self.part is None else {"part": self.part})}, {}
+            return {"model": self.model, **part}, {}
         key = {"n_pretraining": m or self.base_sizes[-1], "seed": seed}
         arguments = {
             "data": self.base_pack, "objective": self.base_objective, "architecture": self.backbone,
             "bound": self.bounds["pretraining"], "edges": self.edges, "label": dict(self.base_named[0]),
             "unit": dict(self.base_named[1]),
         }  # fmt: skip
-        return {}, {"base": Cell(key, based, arguments)}
+        return part, {"base": Cell(key, based, arguments)}
 
     def run(self, fan_out: Mapping[str, Any], halving: bool) -> list[dict[str, Any]]:
         """All points, at learning rates that validation labels of the first seed chose."""
@@ -410,21 +457,30 @@ class Study:
         return self.rates[int(np.argmin(losses))]
 
     def _halved(self, cases: Sequence[Arm], points: Sequence[Mapping[str, Any]]) -> list[Arm]:
-        """Without the worse half of the trained arms that have a base, by validation errors."""
-        rivals = [case for case in cases if case[0] not in (SCRATCH, LONG, *UNTRAINED)]
-        ranked = sorted(rivals, key=lambda case: validation_error(case, points))
+        """Without the worse half of the trained arms other than scratch, by validation errors; of an arm that has bases
+        of several sizes the largest counts, and all stay or go."""
+        rivals = {case[0]: case for case in cases if case[0] not in (SCRATCH, LONG, *UNTRAINED)}
+        ranked = sorted(rivals, key=lambda arm: validation_error(rivals[arm], points, self.wanted))
         gone = ranked[math.ceil(len(ranked) / 2) :]
-        self.dropped += [name_of(case) for case in gone]
-        return [case for case in cases if case not in gone]
+        self.dropped += [name_of(case) for case in cases if case[0] in gone]
+        return [case for case in cases if case[0] not in gone]
 
     def best(self, points: Sequence[Mapping[str, Any]]) -> Arm | None:
-        """The pre-trained arm with the smallest validation errors; nothing was tested to choose it."""
+        """The pre-trained arm with the smallest validation errors; nothing was tested to choose it.
+
+        Where nothing validates it is the first one that was named; a difference only where there is no other arm.
+        """
         cases = [case for case in self.cases() if case[0] not in (SCRATCH, LONG)]
+        cases = [case for case in cases if case[0] != DELTA] or cases
         cases = [
             case for case in cases if case[1] in (None, *self.base_sizes[-1:]) and name_of(case) not in self.dropped
         ]
         trained = [case for case in cases if case[0] not in UNTRAINED]
-        return min(trained or cases, key=lambda case: validation_error(case, points), default=None)
+        return min(trained or cases, key=lambda case: validation_error(case, points, self.wanted), default=None)
+
+    def chosen_by(self, case: Arm, points: Sequence[Mapping[str, Any]]) -> str:
+        validated = math.isfinite(validation_error(case, points, self.wanted))
+        return "validation errors" if validated else "its place among the arms"
 
     def example(self, case: Arm, points: Sequence[Mapping[str, Any]]) -> Example | None:
         """One model of an arm, of the most labels and the first seed, against its test set."""
@@ -448,17 +504,19 @@ class Study:
         if kind == "per-atom" or units.get(quantity, "wrong") == "wrong":
             return []
         labels, wanted = (scalars(self.objective, some, *self.named) for some in (self.pool_atoms, self.test_atoms))
-        if not np.isfinite([*labels, *wanted]).all():
+        if not np.isfinite(wanted).all():
             return []
         own, tested = compositions_of(self.pool_atoms), compositions_of(self.test_atoms)
         per = tested.sum(axis=1) if name == "energy" else 1
         base = [] if self.cheap else [self._said(seed) for seed in range(self.seeds)]
         said = self._done(base, fan_out)
-        known = self._cheap_labels() if self.cheap else {}
         found = []
         for seed, n in product(range(self.seeds), self.sizes):
             members = nested(np.arange(len(labels)), [n], seed=seed)[0]
-            cheap = said[base[seed]] if base else known
+            members = members[np.isfinite(labels[members])]
+            if not len(members):
+                continue
+            cheap = said[base[seed]] if base else self.known
             through = {"cheap": np.array(cheap["pool"])[members], "test_cheap": cheap["test"]} if cheap else {}
             for law, predicted in baselines(labels[members], own[members], tested, kind=kind, **through).items():
                 mae = float(np.mean(np.abs(predicted - wanted) / per))
@@ -466,13 +524,21 @@ class Study:
         return found
 
     def _cheap_labels(self) -> dict[str, np.ndarray]:
-        """In the unit of the expensive ones."""
+        """In the unit of the expensive ones; an error where a structure has none."""
+        if scalar_of(self.objective)[1] == "per-atom":
+            return {}
         difference = copied(self.objective, minus=self.cheap)
         sides = {"pool": self.pool_atoms, "test": self.test_atoms}
-        return {
+        found = {
             side: scalars(self.objective, some, *self.named) - scalars(difference, some, *self.both_named)
             for side, some in sides.items()
         }
+        if lacking := sum(int(np.count_nonzero(~np.isfinite(values))) for values in found.values()):
+            raise InputError(
+                f"{lacking} of {self.n_pool + self.n_test} structures have no cheap label '{self.cheap}': name its key "
+                f"(--label {self.cheap}=KEY), or leave such structures out"
+            )
+        return found
 
     def _said(self, seed: int) -> Cell:
         """What the base of a seed says of all structures without training."""
@@ -505,11 +571,12 @@ class Study:
     def _tunings(self, halving: bool) -> int:
         """Fine-tunings with those that search learning rates."""
         trained = [case for case in self.cases() if case[0] not in UNTRAINED]
-        fixed = [case for case in trained if case[0] in (SCRATCH, LONG)]
-        rivals, total = len(trained) - len(fixed), 0
+        fixed = sum(case[0] in (SCRATCH, LONG) for case in trained)
+        rivals = sorted(Counter(arm for arm, _ in trained if arm not in (SCRATCH, LONG)).values(), reverse=True)
+        total = 0
         for _ in range(self.seeds):
-            total += (len(fixed) + rivals) * len(self.sizes)
-            rivals = math.ceil(rivals / 2) if halving else rivals
+            total += (fixed + sum(rivals)) * len(self.sizes)
+            rivals = rivals[: math.ceil(len(rivals) / 2)] if halving else rivals
         return total + len(trained) * sum(n >= FEW for n in self.sizes) * (len(self.rates) - 1)
 
     def within(self, seconds: float, workers: int) -> dict[str, Any]:
@@ -520,9 +587,10 @@ class Study:
         each = (2 / 3 if bases else 1.0) * work / max(tunings, 1)
         first = work / 3 / max(bases, 1)
         if min(each, first) < LEAST:
+            of_bases = f"{first:.1f} s for each of {bases} pre-trainings and " if bases else ""
             raise InputError(
-                f"a budget of {seconds:g} s leaves {each:.1f} s for each of {tunings} fine-tunings: give more time, or "
-                "fewer sizes, arms, rates or seeds"
+                f"a budget of {seconds:g} s leaves {of_bases}{each:.1f} s for each of {tunings} fine-tunings: "
+                "give more time, or fewer sizes, arms, rates or seeds"
             )
         return {
             name: {"processor_time": f"{math.floor(10 * t) / 10:g}s"}
@@ -530,11 +598,15 @@ class Study:
         }
 
 
-def validation_error(case: Arm, points: Iterable[Mapping[str, Any]]) -> float:
-    """Geometric mean over sizes and seeds of the error that is judged on validation labels; infinite without any."""
-    own = [p for p in points if (p["arm"], p["n_pretraining"]) == case and p["validation"]]
-    found = [p["validation"].get("forces") or next(iter(p["validation"].values())) for p in own]
-    return math.exp(float(np.mean(np.log(found)))) if found and min(found) > 0 else math.inf
+def validation_error(case: Arm, points: Iterable[Mapping[str, Any]], learned: Sequence[str] = ()) -> float:
+    """Geometric mean over sizes and seeds of the error that is judged on validation labels; infinite without any, and
+    where a run diverged."""
+    own = [p for p in points if (p["arm"], p["n_pretraining"]) == case]
+    said = [p["validation"] for p in own if p["validation"]]
+    if not said or any(p["errors"] is None for p in own):
+        return math.inf
+    found = [each[in_order(each, learned)[0]] for each in said]
+    return math.exp(float(np.mean(np.log(np.maximum(found, TINY)))))
 
 
 def bound_of(text: str) -> dict[str, Any]:
@@ -551,7 +623,7 @@ def bound_of(text: str) -> dict[str, Any]:
 
 def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     if one.keys() != other.keys():
-        raise InputError(f"{LONG} takes the time of both stages: give both as times, or both as steps")
+        raise InputError(f"{LONG} and {TOGETHER} take the time of both stages: give both as times, or both as steps")
     if "steps" in one:
         return {"steps": one["steps"] + other["steps"]}
     return {"processor_time": f"{parse_time(one['processor_time']) + parse_time(other['processor_time']):g}s"}
@@ -574,7 +646,7 @@ def _hours(cost: str | float) -> float:
 
 
 def chosen_sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
-    """In ascending order; by default doubled from ten on, and all."""
+    """In ascending order; by default doubled from ten on, or all where there are fewer."""
     if sizes is None:
         doubled = [10 * 2**k for k in range(40) if 10 * 2**k <= most]
         return doubled or [most]
@@ -584,6 +656,15 @@ def chosen_sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
     if found[-1] > most:
         raise InputError(f"there are {most} labels to train on, not {found[-1]}: ask for fewer")
     return found
+
+
+def _bonded(source: Source) -> Sequence[Atoms]:
+    """Without isolated atoms, which are references of energies, and no labels that a curve could count."""
+    structures = read(source)
+    if not (lone := isolated_atoms(structures)):
+        return structures
+    console.print(f"{len(lone)} isolated atoms are no structures of a curve, and are left out")
+    return Subset(structures, np.setdiff1d(np.arange(len(structures)), lone))
 
 
 def _by(key: str, structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:

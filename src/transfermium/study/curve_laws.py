@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
+from ..evaluate import PRINTED
 from .laws import Estimate, Fit, fit, fits, short, surfaces
-from .points import SCRATCH
+from .points import DELTA, SCRATCH, TOGETHER
 from .savings import factors, ratio, saved, slopes, verdict
 
 Point = Mapping[str, Any]  # what a cell says of one point
 Arm = tuple[str, int | None]  # its name, and the number of structures of its base
 MARGIN = 0.1  # of exponents: slopes that differ by less are said to be equal
+DOES = {DELTA: "Learning the difference", TOGETHER: "Learning both levels together"}  # others are pre-trained
 
 
 class Goal(NamedTuple):
@@ -28,15 +30,12 @@ class Goal(NamedTuple):
 
 
 def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
-    """An error such as 0.05 (of the first quantity, in its unit), "43meV/atom" or "50 meV/Å".
+    """An error such as 0.05 (of the first quantity, in its unit), "43meV/atom", "50 meV/Å" or "0.5GPa".
 
     Args:
         units: quantity to unit, the first one is meant where no unit is given.
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*(\D.*)?", str(text))
-    if not found or not float(found[1]) > 0:
-        raise InputError(f"the target error '{text}' is not a number above zero with a unit, such as 43meV/atom")
-    value, unit = float(found[1]), (found[2] or "").strip().replace("/A", "/Å").replace("Ang", "Å")
+    value, unit = number_of(text)
     if not unit:
         return Goal(next(iter(units)), value)
     for prefix, factor in (("", 1.0), ("m", 1e-3), ("k", 1e3)):
@@ -44,7 +43,19 @@ def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
         known |= {whole.removesuffix("/atom"): name for whole, name in known.items() if whole.endswith("/atom")} | known
         if unit in known:
             return Goal(known[unit], value * factor)
+    for name, own in units.items():
+        printed, scale = PRINTED.get(own, ("", 1.0))
+        if unit == printed:
+            return Goal(name, value / scale)
     raise InputError(f"the target error '{text}' has the unit {unit}, but errors here are in {_listed(units)}")
+
+
+def number_of(text: str | float) -> tuple[float, str]:
+    """The number and the unit of an error, which may be none."""
+    found = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\W\d].*)?", str(text))
+    if not found or not float(found[1]) > 0:
+        raise InputError(f"the target error '{text}' is not a number above zero with a unit, such as 43meV/atom")
+    return float(found[1]), (found[2] or "").strip().replace("/A", "/Å").replace("Ang", "Å")
 
 
 def _listed(units: Mapping[str, str]) -> str:
@@ -57,15 +68,17 @@ class Curves:
     Args:
         points: what cells say; those without errors are left out.
         groups: the material of each test structure.
+        learned: labels of the objective; other quantities, such as forces where energies were learned, come behind.
     """
 
-    def __init__(self, points: Sequence[Point], groups: Sequence[Any] | None = None):
+    def __init__(self, points: Sequence[Point], groups: Sequence[Any] | None = None, learned: Sequence[str] = ()):
         self.points = [point for point in points if point["errors"]]
         self.groups = groups
+        if not self.points:
+            raise InputError("all trainings diverged, so that there is no curve: try smaller learning rates (--rates)")
         shared = [set(point["errors"]) for point in self.points]
         names = [name for name in self.points[0]["errors"] if all(name in own for own in shared)]
-        order = [name for name in ("forces", "energy_per_atom", "stress") if name in names]
-        self.quantities = order + [name for name in names if name not in order]
+        self.quantities = in_order(names, learned)
         self.units = {name: self.points[0]["units"][name] for name in self.quantities}
         self.arms: list[Arm] = list(dict.fromkeys(_arm(point) for point in self.points))
         self.fit = cache(self._fit)
@@ -101,6 +114,13 @@ class Curves:
     def has_curve(self, arm: Arm) -> bool:
         return len(self.sizes(arm)) > 1 and bool(self.seeds(arm))
 
+    def comparable(self, arm: Arm) -> bool:
+        """Whether arm and scratch have curves with seeds and sizes in common; some of their runs may have diverged."""
+        scratch: Arm = (SCRATCH, None)
+        seeds = set(self.seeds(arm)) & set(self.seeds(scratch))
+        sizes = set(self.sizes(arm)) & set(self.sizes(scratch))
+        return bool(seeds and sizes) and self.has_curve(arm) and self.has_curve(scratch)
+
 
 def summary(
     curves: Curves,
@@ -121,7 +141,7 @@ def summary(
         labels: how many there are now.
     """
     result: dict[str, Any] = {"units": curves.units, "fits": {}, "factors": {}, "labels needed": {}, "ratios": {}}
-    others = [arm for arm in curves.arms if arm[0] != SCRATCH and curves.has_curve(arm)]
+    others = [arm for arm in curves.arms if arm[0] != SCRATCH and curves.comparable(arm)]
     drawn = [arm for arm in curves.arms if curves.has_curve(arm)]
     for quantity in curves.quantities:
         result["fits"][quantity] = {name_of(a): [law.record() for law in curves.laws(a, quantity)] for a in drawn}
@@ -150,22 +170,31 @@ def _factors(curves: Curves, arm: Arm, quantity: str, cost: float | None) -> lis
 
 
 def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float | None, labels: int) -> str:
-    if chosen is None or not curves.has_curve(chosen) or not curves.has_curve((SCRATCH, None)):
+    if chosen is None:
+        return "No arm but training from scratch was asked for: there is nothing to compare."
+    if len({point["n_train"] for point in curves.points}) == 1:
         return "One size makes no curve: there is nothing to say of labels that were saved."
+    if not curves.comparable(chosen):
+        return f"So many runs diverged that {name_of(chosen)} cannot be compared with training from scratch."
     quantity = curves.quantities[0] if goal is None else goal.quantity
     transfer, scratch = curves.pair(chosen, quantity)
     unit = curves.units[quantity]
     target = None if goal is None else goal.error
-    said = f"{_spoken(quantity)}, {name_of(chosen)}: " + verdict(transfer, scratch, target=target, unit=unit, cost=cost)
+    found = verdict(transfer, scratch, target=target, unit=unit, cost=cost, what=DOES.get(chosen[0], "Pre-training"))
+    said = f"{_spoken(quantity)}, {name_of(chosen)}: {found}"
     if goal is None:
         return said
     needed = transfer.inverse(goal.error)
+    if needed.value == math.inf and needed.most <= labels:
+        return f"{said} Whether {labels} labels are enough is not told beyond {short(needed.most)}: add larger sizes."
     if needed.value == math.inf:
         return f"{said} With {labels} labels at hand, more than {short(needed.most - labels)} are missing."
-    if needed.value <= labels:
+    if needed.high <= labels:
         return f"{said} The {labels} labels at hand are enough."
+    if needed.value <= labels:
+        return f"{said} The {labels} labels at hand are probably enough, though not within the whole interval."
     more = needed.times(1.0, -labels)
-    return f"{said} With {labels} labels at hand, {more} more are needed."
+    return f"{said} With {labels} labels at hand, {more._replace(low=max(more.low, 0.0))} more are needed."
 
 
 def pretraining_sizes(curves: Curves, margin: float = MARGIN) -> dict[str, Any]:
@@ -178,26 +207,25 @@ def pretraining_sizes(curves: Curves, margin: float = MARGIN) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, arms in grown.items():
         arms = sorted((arm for arm in arms if curves.has_curve(arm)), key=lambda arm: arm[1] or 0)
-        if len(arms) < 2:
+        arms = [arm for arm in arms if curves.sizes(arm) == curves.sizes(arms[-1])]
+        if len(arms) < 2 or not set.intersection(*(set(curves.seeds(arm)) for arm in arms)):
             continue
         result[name] = {q: _of_both(curves, arms, q, margin) for q in curves.quantities}
     return result
 
 
 def _of_both(curves: Curves, arms: Sequence[Arm], quantity: str, margin: float) -> dict[str, Any]:
-    sizes = [n for n in curves.sizes(arms[-1]) if all(n in curves.sizes(arm) for arm in arms)]
+    sizes = curves.sizes(arms[-1])
     seeds = tuple(s for s in curves.seeds(arms[-1]) if all(s in curves.seeds(arm) for arm in arms))
     many = [arm[1] or 0 for arm in arms]
     table = np.stack([curves.errors(arm, quantity, seeds) for arm in arms], axis=1)  # (seeds, bases, sizes, test)
-    at = [curves.sizes(arms[-1]).index(n) for n in sizes]
-    laws = {n: fits(many, table[:, :, i], groups=curves.groups) for n, i in zip(sizes, at, strict=True)}
+    laws = {n: fits(many, table[:, :, i], groups=curves.groups) for i, n in enumerate(sizes)}
     found: dict[str, Any] = {
         "sizes": many,
         "fits": {str(n): [law.record() for law in own] for n, own in laws.items()},
     }
-    of_labels = curves.fit(arms[-1], quantity, seeds)
-    if len(many) >= 4 and len(curves.sizes(arms[-1])) >= 4:
-        power = fit(many, table[:, :, at[-1]], "power", groups=curves.groups)
+    if len(many) >= 4 and len(sizes) >= 4:
+        power = fit(many, table[:, :, -1], "power", groups=curves.groups)
         of_labels = curves.fit(arms[-1], quantity, seeds, "power")
         compared = slopes(of_labels, power, margin)
         found["slopes"] = {
@@ -209,9 +237,20 @@ def _of_both(curves: Curves, arms: Sequence[Arm], quantity: str, margin: float) 
         }
     if len(many) >= 3 and len(sizes) >= 4:
         n, m = np.meshgrid(sizes, many)
-        cells = table[:, :, at].reshape(len(seeds), -1, table.shape[-1])
+        cells = table.reshape(len(seeds), -1, table.shape[-1])
         found["surface"] = [law.record() for law in surfaces(n.ravel(), m.ravel(), cells, groups=curves.groups)]
     return found
+
+
+def in_order(quantities: Iterable[str], learned: Sequence[str] = ()) -> list[str]:
+    """Those that were learned first, of these forces, energies and stress in this order; the first one is judged."""
+    order = ("forces", "energy_per_atom", "stress")
+
+    def place(name: str) -> tuple[bool, int]:
+        told = not learned or name.removesuffix("_per_atom") in learned or name in learned
+        return not told, order.index(name) if name in order else len(order)
+
+    return sorted(quantities, key=place)
 
 
 def recorded(estimate: Estimate) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
+from matplotlib.figure import Figure
 
 from ..data import Labels
 from ..evaluate import PRINTED, Pairs
 from ..report import Column, Page, label_curves, label_row, parity, parity_columns
-from .points import FEW, VALID
+from .points import FEW, LONG, TOGETHER, VALID
 
 Result = Mapping[str, Any]  # of `curve`, as JSON holds it
 SPOKEN = {"energy_per_atom": "energies"}
@@ -38,13 +39,9 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     page = Page("How many labels pre-training saves", "Error against number of labels")
     page.verdict(result["verdict"])
     for quantity in result["units"]:
-        unit, scale = shown(result, quantity)
         name = SPOKEN.get(quantity, quantity)
-        figure = label_curves(
-            _series(result, quantity, scale), "labels, validation included", f"MAE of {name} ({unit})"
-        )
-        page.figure(figure, f"Error of {name} on {result['test structures']} structures that no model has seen; "
-                    "bands span the seeds.")  # fmt: skip
+        unseen = f"{result['test structures']} structures that no model has seen"
+        page.figure(drawn(result, quantity), f"Error of {name} on {unseen}; bands span the seeds.")
         if worth := _worth(result, quantity):
             caption = f"Labels from scratch that one label is worth with pre-training, by the errors of {name}."
             page.figure(label_curves(worth, "labels, validation included", "labels from scratch for one"), caption)
@@ -82,6 +79,13 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
         page.table([label_row(entry) for entry in example.labels.entries], "Labels of the test structures")
     page.details("All settings", json.dumps(result["settings"], indent=1, ensure_ascii=False))
     return page.numbers(result)
+
+
+def drawn(result: Result, quantity: str) -> Figure:
+    """Errors of all arms, and of the best baseline, against the number of labels."""
+    unit, scale = shown(result, quantity)
+    label = f"MAE of {SPOKEN.get(quantity, quantity)} ({unit})"
+    return label_curves(_series(result, quantity, scale), "labels, validation included", label)
 
 
 def shown(result: Result, quantity: str) -> tuple[str, float]:
@@ -166,6 +170,8 @@ def _or_nan(value: float | None) -> float:
 
 def _show_example(page: Page, example: Example, viewer: bool) -> None:
     """Parity of every quantity, and with a viewer structures beside the one with a number per structure."""
+    if not example.units:  # classes
+        return
     page.heading("One model against the test structures")
     said = f"{example.arm}, {example.n_train:,} labels, one seed"
     columns: dict[str, Column] = {}
@@ -264,15 +270,50 @@ def _show_method(page: Page, result: Result) -> None:
     page.heading("How it was done")
     page.text(
         f"Each arm was trained for {bounds['tuning']} {kinds['tuning']} on the same labels, each size within the next, "
-        f"in batches of at most {settings['edges']} edges, at the learning rate among "
-        f"{', '.join(f'{rate:g}' for rate in settings['rates'])} with the smallest validation loss of the first seed. "
+        f"in batches of at most {settings['edges']} edges, {_rate(result)}. "
         f"Of every number of labels {VALID:.0%} choose the checkpoint and are counted; below {FEW} all train and the "
         "last weights are taken. What is not trained (zero-shot, aligned, probe) fits all of them. "
-        f"Bases: {result['base']}; pre-training takes {bounds['pretraining']} {kinds['pretraining']}, which scratch "
-        "did not have (scratch_long has). The arm of the verdict has the smallest validation errors."
+        f"{_bases(result, ' '.join((bounds['pretraining'], kinds['pretraining'])))} {CHOSEN[result['verdict by']]}"
     )
-    page.text(
-        f"{result['test structures']} structures of {result['test materials']} materials test; they were set apart "
-        f"before anything was trained. {result['leaks']}".rstrip()
-        + (f" Dropped to stay within the budget: {', '.join(result['dropped'])}." if result["dropped"] else "")
+    page.text(" ".join(_tests(result)))
+
+
+CHOSEN = {
+    None: "",
+    "validation errors": "The arm of the verdict has the smallest validation errors.",
+    "its place among the arms": "Nothing chose between the arms on validation labels: the verdict is about the first "
+    "one that was named.",
+}
+
+
+def _rate(result: Result) -> str:
+    rates, sizes = result["settings"]["rates"], result["sizes"]
+    if len(rates) == 1 or max(sizes) < FEW:
+        return f"at the learning rate {rates[0]:g}"
+    said = f"at the learning rate among {', '.join(f'{rate:g}' for rate in rates)} with the smallest validation loss "
+    fewer = (
+        f"; below {FEW} labels it is that of the next larger size, whose labels chose it" if min(sizes) < FEW else ""
     )
+    return f"{said}of the first seed{fewer}"
+
+
+def _bases(result: Result, time: str) -> str:
+    longer = [arm for arm in (LONG, TOGETHER) if arm in result["arms"]]
+    have = f" ({' and '.join(longer)} had {time} more)" if longer else ""
+    if not result["base sizes"]:
+        return f"Base: {result['base']}. What pre-training took, scratch did not have{have}."
+    return f"Bases: {result['base']}; pre-training takes {time}, which scratch did not have{have}."
+
+
+def _tests(result: Result) -> list[str]:
+    n, materials = result["test structures"], result["test materials"]
+    said = [f"{n} structures of {materials} materials test; they were set apart before anything was trained."]
+    if materials == 1:
+        said = [f"{n} structures of one material test; intervals take them as independent, and hold no other material."]
+    if result["leaks"]:
+        said.append(f"Of what there was to pre-train on, {result['leaks']}.")
+    if lacking := result["not judged"]:
+        said.append(f"There are no errors of {', '.join(lacking)}: not all test structures have such a label.")
+    if result["dropped"]:
+        said.append(f"Dropped to stay within the budget: {', '.join(result['dropped'])}.")
+    return said

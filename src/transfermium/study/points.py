@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.data import atomic_numbers
+from torch import Tensor
 
 from ..backbones import Backbone
 from ..card import theory
 from ..data import Labelled, Labels, nested, read, resolve
+from ..data.columns import count_elements
 from ..data.sequences import Subset
 from ..data.split import split
 from ..dataset import subtractable
 from ..errors import InputError
-from ..evaluate import Pairs, compared, objective_of, output_of
+from ..evaluate import Pairs, compared, objective_of, output_of, stored_as, without_reference
 from ..model import Model, load
 from ..objectives import Fidelities, Objective, Property
 from ..transfer import finetune, pretrain
+from ..unseen import WITHOUT
 from .cells import Done
 from .stages import cost_of, packed_at
 
@@ -82,17 +86,21 @@ def point(
     part: str | None = None,
     old: Mapping[str, Any] | None = None,
     ledger: str | None = None,
+    guess: bool = False,
     base: Done | None = None,
 ) -> dict[str, Any]:
     """Train one arm on some labels, and test it; a run that diverges has no errors.
 
     Args:
-        old: the base's structures ("data"), its "objective", "label" and "unit", for arms that learn of them too.
+        old: the base's structures ("data"), its "objective", "label" and "unit", for arms that learn of them too; of
+            these structures as many as the base was given ("n", or all).
         ledger: structures on which it is measured what a base forgot.
+        guess: reference energies of elements that no label has, of arms without a base that knows them; those of bases
+            move with the others (`unseen="group"`).
 
     Returns:
         What is said of the point, "errors" (quantity to the mean absolute error of each test structure), "units", and
-        "validation" (quantity to the mean absolute error on the validation labels).
+        "validation" (quantity to the mean absolute error on the validation labels, of classes to the cross entropy).
     """
     torch.set_num_threads(1)
     everything = read(packed_at(folder, pool))
@@ -102,15 +110,16 @@ def point(
         **bound, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit, "out": folder / "run",
         "valid_fraction": valid_fraction(arm, n_train), "verbose": False, "device": "cpu",
     }  # fmt: skip
+    prior: Tensor | None = None
     said: dict[str, Any] = {"arm": arm, "n_train": n_train, "n_pretraining": n_pretraining, "seed": seed, "lr": lr}
     try:
         if arm in DIRECT:
             trained = pretrain(chosen, objective, architecture, **options)
         elif arm == TOGETHER:
-            trained = _jointly(folder, chosen, objective, architecture, n_train, old or {}, options)
+            trained, prior = _jointly(folder, chosen, objective, architecture, n_train, old or {}, options)
         else:
             if arm == REPLAY:
-                options["replay"] = read(packed_at(folder, (old or {})["data"]))
+                options["replay"] = _learned_before(folder, old or {}, seed)
             if ledger is not None:
                 options["ledger"] = read(packed_at(folder, ledger))
             if arm in UNTRAINED:  # what it fits is no matter of steps or of their rate
@@ -124,13 +133,16 @@ def point(
         return {**said, "errors": None, "validation": {}}  # never chosen
     cost = cost_of(trained)
     validation = trained.card["metrics"].get("validation", {})
-    errors, units = errors_of(trained, read(packed_at(folder, test)), label, unit)
+    tests = read(packed_at(folder, test))
+    if guess:
+        _guess_references(trained, tests, prior)
+    errors, units = errors_of(trained, tests, label, unit)
     return {
         **said, **_forgotten(trained), "steps": cost["steps"], "train_seconds": cost["seconds"],
         "test_ids_sha": ids, "units": units, "theory": theory(trained.card),
         "base theory": "" if base is None else base.result.get("theory", ""),
-        "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
-        "validation": {name: found["mae"] for name, found in validation.items() if "mae" in found},
+        "pretrain_seconds": _before(trained),
+        "validation": {name: found.get("mae", found.get("cross_entropy")) for name, found in validation.items()},
         "validation loss": cost["validation loss"], "errors": errors,
     }  # fmt: skip
 
@@ -143,9 +155,10 @@ def _jointly(
     n_train: int,
     old: Mapping[str, Any],
     options: Mapping[str, Any],
-) -> Model:
-    """One model of both levels, trained on both from the start; the part of the target is returned."""
-    cheap = read(packed_at(folder, old["data"]))
+) -> tuple[Model, Tensor | None]:
+    """One model of both levels, trained on both from the start: the part of the target, and the reference energies of
+    the cheap one."""
+    cheap = _learned_before(folder, old, options["seed"])
     sides: dict[str, Any] = {"valid_fraction": 0.0}
     train: Sequence[Atoms] = chosen
     if fraction := valid_fraction(TOGETHER, n_train):
@@ -161,7 +174,35 @@ def _jointly(
     metrics = joint.card["metrics"]
     own = {k.removeprefix(f"{DEAR} "): v for k, v in metrics.get("validation", {}).items() if k.startswith(f"{DEAR} ")}
     found.card = {**found.card, "history": joint.card["history"], "metrics": {**metrics, "validation": own}}
-    return found
+    heads = joint.part(CHEAP).heads
+    return found, getattr(heads["energy"], "references", None) if "energy" in heads else None
+
+
+def _guess_references(model: Model, structures: Sequence[Atoms], prior: Tensor | None = None) -> None:
+    """Give elements of the structures that no label had the mean reference of the others, or of a cheap level's
+    references the mean shift, in place: a reference of zero would be an error of electronvolts per atom."""
+    lacking = without_reference(model, np.flatnonzero(count_elements(structures)))
+    known = [atomic_numbers[s] for s in model.card["elements"] if s not in model.card.get(WITHOUT, ())]
+    if not (lacking and known):
+        return
+    references: Tensor = model.heads["energy"].references  # type: ignore[assignment]
+    before = torch.zeros_like(references) if prior is None else prior.to(references)
+    new = [atomic_numbers[s] for s in lacking]
+    references[new] = before[new] + (references - before)[known].mean()
+
+
+def _learned_before(folder: Path, old: Mapping[str, Any], seed: int) -> Sequence[Atoms]:
+    """The structures that the base of a seed was pre-trained on."""
+    everything = read(packed_at(folder, old["data"]))
+    if "n" not in old:
+        return everything
+    return Subset(everything, np.sort(nested(np.arange(len(everything)), [old["n"]], seed=seed)[0]))
+
+
+def _before(model: Model) -> float | None:
+    """Processor time of the stages before the last one (s), None where the card of the base does not say."""
+    found = [stage.get("processor seconds") for stage in model.card["history"][:-1]]
+    return None if None in found else float(sum(found))
 
 
 def _forgotten(model: Model) -> dict[str, Any]:
@@ -186,7 +227,7 @@ def untouched(
     """What the base says of the quantity of the target on all structures, with no label of them: (n,) each."""
     name, _ = scalar_of(objective)
     found = load(_base(folder, model, base)).whole(part, [name])
-    if name not in found.outputs:
+    if name not in found.outputs or stored_as(found, name) != name:  # the "energy" of a denoising model is none
         return {}
     result: dict[str, Any] = {}
     for side, pack in (("pool", pool), ("test", test)):
@@ -238,7 +279,7 @@ def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[s
     units: dict[str, str] = {}
     for name, rows in pairs.items():
         if rows[0][1].shape != np.shape(rows[0][0]):
-            errors[name] = [float(np.mean(output.argmax(axis=-1) != target)) for target, output in rows]
+            errors[name] = [_wrong(np.asarray(target), output) for target, output in rows]
             units[name] = "wrong"
             continue
         found = [np.abs(output - target) for target, output in rows]
@@ -249,6 +290,12 @@ def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[s
         unit = model.card["quantities"].get(output, ["", ""])[1]
         units[name] = f"{unit}/atom" if name == "energy_per_atom" else unit
     return errors, units
+
+
+def _wrong(target: np.ndarray, output: np.ndarray) -> float:
+    """Part of the classes, of those that are known, that are not the likeliest one."""
+    known = np.isfinite(target)
+    return float(np.mean(output.argmax(axis=-1)[known] != target[known]))
 
 
 def _labelled(

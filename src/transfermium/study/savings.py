@@ -71,7 +71,13 @@ def ratio(transfer: Fit, scratch: Fit) -> Interval:
 
 
 def verdict(
-    transfer: Fit, scratch: Fit, *, target: float | None = None, unit: str = "", cost: float | None = None
+    transfer: Fit,
+    scratch: Fit,
+    *,
+    target: float | None = None,
+    unit: str = "",
+    cost: float | None = None,
+    what: str = "Pre-training",
 ) -> str:
     """Whether pre-training helped and what it saved, in one sentence.
 
@@ -81,20 +87,22 @@ def verdict(
     Args:
         target: an error to reach, and its `unit`.
         cost: hours of one label.
+        what: the first words of the sentence.
     """
     overall = ratio(transfer, scratch)
     numbers = f"errors {short(overall.value)} times those from scratch"
+    unclear = f"It is not clear whether {what[0].lower()}{what[1:]} helps"
     if len(transfer.logs) < 2:
-        return f"It is not clear whether pre-training helps ({numbers}, but one seed gives no interval)."
+        return f"{unclear} ({numbers}, but one seed gives no interval)."
     numbers += f", {short(overall.low)} to {short(overall.high)}"
     if overall.high < 1:
-        said = "Pre-training helps"
+        said = f"{what} helps"
     elif overall.low > 1:
-        said = "Pre-training does not help here, it makes errors larger"
+        said = f"{what} does not help here, it makes errors larger"
     elif overall.low > 1 - WORTHWHILE:
-        said = "Pre-training does not help here"
+        said = f"{what} does not help here"
     else:
-        return f"It is not clear whether pre-training helps ({numbers})."
+        return f"{unclear} ({numbers})."
     sizes = np.exp(transfer.points[0])[[0, -1]].tolist()
     few, many = factors(transfer, scratch, sizes)
     worth = f"{short(sizes[0])} labels are worth {few} times as many from scratch and {short(sizes[1])} labels {many}"

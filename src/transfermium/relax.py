@@ -1,0 +1,185 @@
+"""Relaxations of many structures, one after the other, into a file that grows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ase
+import numpy as np
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from .calculator import Calculator
+from .console import bar, console
+from .data.read import Source, read
+from .dynamics import STRETCHED, as_text, check_forces, check_unseen, forces_are_derivatives, has_stress, is_periodic
+from .errors import InputError
+from .model import Model, write_whole
+from .run import fingerprint
+from .transfer import weights_fingerprint
+
+CLIMBED = 1e-3  # eV; less is rounding
+
+
+def relax(
+    model: str | Path | Model,
+    structures: Source,
+    out: str | Path | None = None,
+    *,
+    fmax: float = 0.05,
+    cell: bool = False,
+    optimizer: Literal["FIRE", "LBFGS"] = "FIRE",
+    steps: int = 500,
+    part: str | None = None,
+    device: str = "auto",
+    allow_unseen: bool = False,
+    verbose: bool = True,
+) -> list[ase.Atoms]:
+    """Copies of the structures at the minimum of the energy, with energy, forces and stress of the model.
+
+    `atoms.info` has "relaxed" (whether forces came below fmax), "relax_steps", "relax_energy_change" (eV), and
+    "relax_trouble" of those that fell apart, which are left as they last were.
+
+    Args:
+        out: an extended XYZ file, which grows with every structure; the same command goes on. A file of the same name
+            with the ending .jsonl, beside it, says how far it came.
+        fmax: in eV/Å, the largest force that is left.
+        cell: whether the cell relaxes too, by ASE's `FrechetCellFilter`.
+        optimizer: "FIRE" is robust; "LBFGS" takes fewer steps near a minimum, and may climb to a saddle far from one.
+        part: which part of a model that learned several objectives, each with its own energy.
+
+    Raises:
+        InputError: for a model without forces, elements that it never saw, cells that cannot be relaxed, and for a file
+            that holds something else.
+    """
+    if optimizer not in ("FIRE", "LBFGS"):
+        raise InputError(f"there is no optimizer '{optimizer}': choose FIRE or LBFGS")
+    if not (fmax > 0 and steps >= 0):
+        raise InputError(f"fmax {fmax} eV/Å in {steps} steps cannot be reached: fmax is more than 0, steps not less")
+    calculator = Calculator(model, device, allow_unseen, part=part)
+    given = read(structures)
+    check_forces(calculator.model, "relax")
+    check_unseen(calculator, given)
+    if cell:
+        _check_cells(calculator.model, given)
+    if verbose and not forces_are_derivatives(calculator.model):
+        console.print("Forces of this model are no derivatives of its energy: minima are where these forces vanish.")
+    asked = {"fmax": fmax, "cell": cell, "optimizer": optimizer, "steps": steps}
+    identity = {"model": weights_fingerprint(calculator.model), "structures": fingerprint(given), **asked}
+    kept = None if out is None else _Relaxed(Path(out), identity)
+
+    relaxed = [] if kept is None else kept.found()
+    with bar(not verbose) as progress:
+        task = progress.add_task("relaxing", total=len(given), completed=len(relaxed), note="")
+        for index in range(len(relaxed), len(given)):
+            atoms = _relaxed(given[index], calculator, fmax, cell, optimizer, steps)
+            relaxed.append(atoms)
+            if kept is not None:
+                kept.append(atoms)
+            progress.update(task, advance=1, note=atoms.get_chemical_formula())
+    if verbose:
+        console.print(relaxation_summary(relaxed, fmax), markup=False)
+    return relaxed
+
+
+def relaxation_summary(relaxed: Sequence[ase.Atoms], fmax: float) -> str:
+    """How many came to rest, in one sentence."""
+    fell = sum("relax_trouble" in atoms.info for atoms in relaxed)
+    done = sum(bool(atoms.info["relaxed"]) for atoms in relaxed)
+    texts = [f"{done} of {len(relaxed)} structures reached {fmax:g} eV/Å"]
+    if slow := len(relaxed) - done - fell:
+        texts.append(f"{slow} did not in the steps allowed")
+    if fell:
+        texts.append(f"{fell} fell apart")
+    if higher := sum(atoms.info["relaxed"] and atoms.info["relax_energy_change"] > CLIMBED for atoms in relaxed):
+        texts.append(f"{higher} ended with a higher energy, at a saddle: use FIRE")
+    return "; ".join(texts)
+
+
+def _relaxed(
+    given: ase.Atoms, calculator: Calculator, fmax: float, cell: bool, optimizer: str, steps: int
+) -> ase.Atoms:
+    """A copy at rest, or as it last was."""
+    import ase.optimize
+    from ase.filters import FrechetCellFilter
+
+    atoms = given.copy()
+    atoms.calc = calculator
+    wanted = ["energy", "forces", *(["stress"] if has_stress(atoms) else [])]
+    before, volume = atoms.get_potential_energy(), atoms.get_volume() if cell else 1.0
+    engine = getattr(ase.optimize, optimizer)(FrechetCellFilter(atoms) if cell else atoms, logfile=None)
+    good, results, trouble, converged = atoms.copy(), _results(atoms, wanted), None, False
+    try:
+        for rest in engine.irun(fmax=fmax, steps=steps):
+            now = _results(atoms, wanted)
+            if not np.isfinite(now["forces"]).all() or not np.isfinite(now["energy"]):
+                raise InputError("its forces or its energy are no finite numbers")
+            if cell and not 1 / STRETCHED < atoms.get_volume() / volume < STRETCHED:
+                raise InputError(f"its volume became {atoms.get_volume() / volume:.3g} times what it was")
+            good, results, converged = atoms.copy(), now, bool(rest)
+    except InputError as error:
+        trouble, converged = str(error), False
+    good.info |= {
+        "relaxed": converged, "relax_steps": engine.nsteps,
+        "relax_energy_change": float(results["energy"] - before),
+        **({"relax_trouble": trouble} if trouble else {}),
+    }  # fmt: skip
+    good.calc = SinglePointCalculator(good, **results)
+    return good
+
+
+def _results(atoms: ase.Atoms, wanted: Sequence[str]) -> dict[str, Any]:
+    return {name: np.copy(atoms.calc.get_property(name, atoms)) for name in wanted}
+
+
+class _Relaxed:
+    """A file of relaxed structures that grows, and a list beside it of how far it came."""
+
+    def __init__(self, out: Path, identity: dict[str, Any]):
+        self.out, self.list = out, out.with_suffix(".jsonl")
+        if out.suffix.lower() not in (".extxyz", ".xyz"):
+            raise InputError(f"{out} ends in '{out.suffix}', but relaxed structures are written to .extxyz or .xyz")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.list.read_text().splitlines(keepends=True) if self.list.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # the last may have been cut off
+        if not lines:
+            if out.exists():
+                raise InputError(f"{out} exists and {self.list} does not say what it holds: choose another file")
+            lines = [json.dumps(identity) + "\n"]
+            out.touch()
+        elif json.loads(lines[0]) != identity:
+            raise InputError(f"{out} holds other relaxations, of other structures or settings: choose another file")
+        self.size = json.loads(lines[-1])["bytes"] if len(lines) > 1 else 0
+        if not out.exists() or out.stat().st_size < self.size:
+            raise InputError(f"{out} is shorter than it was: delete {self.list} and it, and give the command again")
+        os.truncate(out, self.size)
+        write_whole(self.list, "".join(lines).encode())
+        self.done = len(lines) - 1
+
+    def found(self) -> list[ase.Atoms]:
+        from ase.io import read as ase_read
+
+        return list(ase_read(self.out, ":", format="extxyz")) if self.done else []
+
+    def append(self, atoms: ase.Atoms) -> None:
+        with self.out.open("a") as file:
+            file.write(as_text(atoms))
+            file.flush()
+            os.fsync(file.fileno())
+        told = {name: atoms.info[name] for name in atoms.info if name.startswith("relax")}
+        row = {"formula": atoms.get_chemical_formula(), **told, "bytes": self.out.stat().st_size}
+        with self.list.open("a") as file:
+            file.write(json.dumps(row, default=float) + "\n")
+
+
+def _check_cells(model: Model, structures: Sequence[ase.Atoms]) -> None:
+    if "stress" not in model.outputs:
+        raise InputError(
+            "this model has no stress to relax cells with: train it on stresses, or leave cells as they are"
+        )
+    for index in range(len(structures)):
+        if not is_periodic(structures[index]):
+            raise InputError(f"structure {index} is not periodic in three directions: relax it without its cell")

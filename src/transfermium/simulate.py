@@ -1,0 +1,276 @@
+"""Molecular dynamics with a model, and what it says about a substance."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time as clock
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ase
+import numpy as np
+
+from . import observables
+from .calculator import Calculator
+from .console import bar, console
+from .data.read import Source, read
+from .dynamics import (
+    COLUMNS,
+    Settings,
+    Simulation,
+    check_fit,
+    check_forces,
+    check_unseen,
+    forces_are_derivatives,
+    is_periodic,
+    settings_of,
+    steps_of,
+)
+from .errors import InputError
+from .model import Model
+from .run import claim, fingerprint
+from .transfer import weights_fingerprint
+
+RDF_RADIUS = (6.0, 10.0)  # Å: half the width of the cell within these
+MOST_FRAMES = 400  # that radial distribution functions are averaged over
+
+Ensemble = Literal["nve", "nvt", "npt"]
+Thermostat = Literal["langevin", "bussi", "nose-hoover"]
+
+
+def md(
+    model: str | Path | Model,
+    structure: ase.Atoms | str | Path,
+    out: str | Path,
+    *,
+    ensemble: Ensemble = "nvt",
+    thermostat: Thermostat | None = None,
+    temperature: float = 300.0,
+    pressure: str | None = None,
+    timestep: str = "0.5fs",
+    time: str = "2ps",
+    every: str = "10fs",
+    tau: str = "100fs",
+    tau_pressure: str = "1ps",
+    seed: int = 0,
+    skip: str = "0ps",
+    reference: Source | None = None,
+    pairs: Sequence[str] | None = None,
+    most_force: float = 50.0,
+    index: int | None = None,
+    part: str | None = None,
+    device: str = "auto",
+    allow_unseen: bool = False,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Simulate a structure; returns what `simulation.json` holds, and writes a page about it.
+
+    The folder gets log.csv, trajectory.extxyz (positions not wrapped, with momenta), final.extxyz, and simulation.html.
+    The same command goes on after a kill, on a CPU as if nothing had happened; with a longer time it goes on from the
+    end. A simulation that explodes stops: result["stopped"] says at which step and atom, and last_good.extxyz is the
+    last frame before.
+
+    Args:
+        structure: structures with momenta go on with them, others get random ones.
+        ensemble: "nve" is velocity Verlet, "npt" lets the volume of the cell change, not its shape
+            (Martyna-Tobias-Klein).
+        thermostat: of "nvt", "langevin" by default; "bussi" (stochastic velocity rescaling) disturbs diffusion least,
+            and "nose-hoover" (a chain of three) is deterministic.
+        temperature: in K; of "nve" that of random momenta only.
+        pressure: of "npt", such as "1bar" or "0.1GPa".
+        timestep, time, every: such as "0.5fs", "2ps", or "100steps"; log and trajectory get a row `every` so often.
+        tau, tau_pressure: times in which thermostat and barostat act; the friction of Langevin is 1 / tau.
+        skip: what is left out of averages at the beginning.
+        reference: frames of the same substance, with whose radial distribution functions those found are compared.
+        pairs: of elements that are compared, such as "O-O"; all by default.
+        most_force: in eV/Å, beyond which a simulation counts as exploded.
+        index: which structure of a file that has several.
+        part: which part of a model that learned several objectives, each with its own energy.
+
+    Raises:
+        InputError: for settings that do not fit each other, the structure or the folder, for a model without forces,
+            and for elements that it never saw.
+    """
+    settings = settings_of(ensemble, thermostat, temperature, pressure, timestep, tau, tau_pressure)
+    steps, row_every, skipped = (steps_of(name, text, settings.timestep) for name, text in
+                                 (("time", time), ("every", every), ("skip", skip)))  # fmt: skip
+    if skipped >= steps:
+        raise InputError(f"skip is {skip} of {time}: leave something to average over")
+    if row_every < 1:
+        raise InputError(f"every is {every}, less than one step: write 10fs or 20steps")
+    calculator = Calculator(model, device, allow_unseen, part=part)
+    atoms = _one(structure, index)
+    check_forces(calculator.model, "simulate")
+    check_unseen(calculator, [atoms])
+    check_fit(settings, atoms, calculator.model)
+    pictured = None if reference is None else _reference(read(reference), atoms, pairs)
+    identity = {
+        "verb": "md",
+        "model": weights_fingerprint(calculator.model),
+        "structure": fingerprint([atoms]),
+        **settings._asdict(),
+        "every": row_every,
+        "seed": seed,
+        "most_force": most_force,
+    }
+    folder = claim(out, identity)
+    assert folder is not None
+    if verbose and ensemble == "nve" and not forces_are_derivatives(calculator.model):
+        console.print("Forces of this model are no derivatives of its energy: watch the drift, it may heat up.")
+
+    atoms.calc = calculator
+    simulation = Simulation(atoms, settings, seed, folder, row_every, most_force)
+    if simulation.step > steps:
+        done = simulation.step * settings.timestep / 1000
+        raise InputError(f"{folder} already holds {done:g} ps: ask for at least as much, or choose another folder")
+    begun, first = clock.perf_counter(), simulation.step
+    with bar(not verbose) as progress:
+        task = progress.add_task("simulating", total=steps, completed=first, note="")
+        for step in simulation.run(steps):
+            progress.update(task, completed=step, note=f"{simulation.temperature():.0f} K")
+    took = (clock.perf_counter() - begun) / max(simulation.step - first, 1)
+
+    result = {
+        "formula": atoms.get_chemical_formula(),
+        "n_atoms": len(atoms),
+        "forces": "derivatives" if forces_are_derivatives(calculator.model) else "direct",
+        "settings": {**settings._asdict(), "time": time, "every": every, "skip": skip, "seed": seed},
+        "steps": simulation.step,
+        "seconds per step": round(took, 4) if simulation.step > first else None,
+        "stopped": simulation.trouble,
+        **_observed(folder, settings, atoms, simulation.freedoms, skipped, pictured),
+    }
+    from .report.simulation import page  # matplotlib takes a second
+
+    report = page(result).write(folder / "simulation.html")
+    if verbose:
+        if simulation.trouble:
+            console.print(simulation.trouble, style="bold red", markup=False)
+        console.print(f"Report: {report}", markup=False, soft_wrap=True)
+    found: dict[str, Any] = json.loads(report.with_suffix(".json").read_text())
+    return found
+
+
+def _one(structure: ase.Atoms | str | Path, index: int | None) -> ase.Atoms:
+    """A copy of the structure, without a calculator."""
+    found = [structure] if isinstance(structure, ase.Atoms) else read(structure)
+    if index is None and len(found) != 1:
+        raise InputError(f"{structure} has {len(found)} structures: choose one with index, where -1 is the last")
+    try:
+        return found[index or 0].copy()
+    except IndexError:
+        raise InputError(f"there is no structure {index}: {structure} has {len(found)}") from None
+
+
+def _observed(
+    folder: Path, settings: Settings, atoms: ase.Atoms, freedoms: int, skipped: int, reference: _Reference | None
+) -> dict[str, Any]:
+    """What log and trajectory say, beyond the steps that are skipped."""
+    from ase.io import read as ase_read
+
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+    used = log["step"] >= skipped
+    series = {name: log[name] for name in COLUMNS if np.isfinite(log[name]).all()}
+    averaged = float(log["time_ps"][-1] - log["time_ps"][used][0]) if used.any() else 0.0
+    found: dict[str, Any] = {"log": series, "degrees of freedom": freedoms, "averaged_ps": averaged}
+    if not used.any():
+        return found
+    averages = {"temperature": "temperature_K", "pressure": "pressure_GPa"}
+    for name, column in averages.items():
+        if column in series:
+            found[name] = _as_dict(observables.average(log[column][used]), column.rpartition("_")[2])
+    if "conserved_eV" in series:
+        slope = observables.drift(log["time_ps"][used], log["conserved_eV"][used], len(atoms))
+        found["drift"] = _as_dict(slope, "meV/atom/ps")
+    if is_periodic(atoms):
+        densities = observables.density(atoms.get_masses(), log["volume_A3"][used])
+        found["density"] = _as_dict(observables.average(densities), "g/cm³")
+
+    frames = [
+        one for one in ase_read(folder / "trajectory.extxyz", ":", format="extxyz") if one.info["step"] >= skipped
+    ]
+    if len(frames) > 3 and settings.ensemble != "npt":  # there the cell moves the atoms too
+        times = log["time_ps"][used] - log["time_ps"][used][0]
+        displacements = observables.msd(np.array([one.positions for one in frames]), atoms.get_masses())
+        kinds = {element: np.array(atoms.symbols) == element for element in sorted(set(atoms.symbols))}
+        if is_periodic(atoms):
+            found["diffusion"] = {
+                element: _as_dict(observables.diffusion(times, displacements[:, own]), "Å²/ps")
+                for element, own in kinds.items()
+            }
+        means = {element: displacements[:, own].mean(axis=1) for element, own in kinds.items()}
+        found["msd"] = {"lag": times, **means}
+    if is_periodic(atoms):
+        radius = _radius(atoms.cell.array) if reference is None else reference.radius
+        chosen = [frames[int(i)] for i in _some(len(frames))]
+        rdf = _rdf_of(chosen, radius)
+        found["rdf"] = {"r": rdf.r, **rdf.mean()}
+        if reference is not None:
+            scored = {pair: reference.g[pair] for pair in reference.scored}
+            starts, errors = observables.rdf_errors(np.array([one.info["time_ps"] for one in chosen]), rdf, scored)
+            over = np.flatnonzero(errors > observables.COLLAPSED)
+            width = rdf.r[1] - rdf.r[0]
+            found["reference"] = {
+                "frames": reference.frames,
+                "rdf": {pair: reference.g[pair] for pair in rdf.g if pair in reference.g},
+                "scored": reference.scored,
+                "errors": {p: float(np.abs(rdf.mean()[p] - g).sum() * width) for p, g in scored.items()},
+                "windows": {"begin": starts, "error": errors},
+                "collapsed": float(starts[over[0]]) if len(over) else None,
+            }
+    return found
+
+
+def _as_dict(estimate: observables.Estimate, unit: str) -> dict[str, Any]:
+    return {**estimate._asdict(), "unit": unit}
+
+
+class _Reference(NamedTuple):
+    g: dict[str, np.ndarray]  # pair to (n_bins,)
+    radius: float
+    frames: int
+    scored: list[str]  # pairs
+
+
+def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[str] | None) -> _Reference:
+    """Radial distribution functions of frames, as far as they and the simulated cell go."""
+    usable = [frames[i] for i in range(len(frames)) if is_periodic(frames[i])]
+    if not (is_periodic(atoms) and usable):
+        raise InputError("radial distribution functions need cells: give a reference and a structure that are periodic")
+    radius = min(_radius(one.cell.array) for one in [atoms, *usable])
+    chosen = _some(len(usable))
+    each = [_rdf_of([usable[i]], radius).mean() for i in chosen]
+    g = {
+        pair: np.mean([one[pair] for one in each if pair in one], axis=0)
+        for pair in {p: 0 for one in each for p in one}
+    }
+    symbols = sorted(set(atoms.symbols))
+    own = {observables.pair_name(a, b) for a in symbols for b in symbols} & set(g)
+    scored = sorted(own) if pairs is None else [observables.pair_name(*_elements(pair)) for pair in pairs]
+    if missing := [pair for pair in scored if pair not in own] or ([] if scored else symbols):
+        raise InputError(f"structure and reference do not both have {missing[0]}: choose pairs among {sorted(own)}")
+    return _Reference(g, radius, len(chosen), scored)
+
+
+def _elements(pair: str) -> tuple[str, str]:
+    a, dash, b = pair.partition("-")
+    if not (a and dash and b):
+        raise InputError(f"'{pair}' is no pair of elements: write O-O or O-H")
+    return a, b
+
+
+def _radius(cell: np.ndarray) -> float:
+    return float(np.clip(observables.widths(cell).min() / 2, *RDF_RADIUS))
+
+
+def _some(n: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, MOST_FRAMES)).astype(int))
+
+
+def _rdf_of(frames: Sequence[ase.Atoms], radius: float) -> observables.Rdf:
+    positions, cells = np.array([one.positions for one in frames]), np.array([one.cell.array for one in frames])
+    return observables.rdf(positions, cells, frames[0].numbers, radius)

@@ -1,0 +1,364 @@
+"""Dynamics and relaxations: physics as it is known, and the same to the last bit after a kill."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator as AseCalculator
+from ase.calculators.calculator import all_changes
+from ase.neighborlist import neighbor_list
+
+import transfermium as tm
+from tests.alloys import QUICK, alloys, gap_model, painn, potential
+from transfermium import cli, dynamics, observables
+from transfermium.model import read_tensors
+from transfermium.relax import _Relaxed, relaxation_summary
+from transfermium.report import Page
+
+SHORT = {"timestep": "1fs", "time": "40steps", "every": "5steps", "device": "cpu", "verbose": False}
+ENGINES = {
+    "nve": {"ensemble": "nve"},
+    "langevin": {"thermostat": "langevin"},
+    "bussi": {"thermostat": "bussi"},
+    "nose-hoover": {"thermostat": "nose-hoover"},
+    "npt": {"ensemble": "npt", "pressure": "1GPa"},
+}
+each_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+
+
+@pytest.fixture
+def atoms():
+    return alloys(1, seed=1)[0].copy()
+
+
+@pytest.fixture(autouse=True)
+def figures(request, monkeypatch):
+    """Drawn only where a test looks at the page: they take half a second."""
+    if request.cls is not TestPage:
+        monkeypatch.setattr(Page, "figure", lambda self, fig, caption: self)
+
+
+@cache
+def direct():
+    return tm.pretrain(alloys(8), tm.Potential(conservative=False), painn(), steps=2, **QUICK)
+
+
+class TestPhysics:
+    def test_nve_conserves_energy(self, atoms, tmp_path):
+        result = tm.md(potential(), atoms, tmp_path / "run", ensemble="nve", **{**SHORT, "time": "120steps"})
+        kinetic, total = (np.array(result["log"][name]) for name in ("kinetic_eV", "total_eV"))
+        assert np.ptp(kinetic) > 0.02  # eV: something happens
+        assert np.ptp(total) < 0.03 * np.ptp(kinetic)
+
+    @pytest.mark.parametrize("engine", [ENGINES["bussi"], ENGINES["nose-hoover"], ENGINES["npt"]])
+    def test_what_a_thermostat_gives_is_counted(self, engine, atoms, tmp_path):
+        run = {**SHORT, "time": "100steps", "tau": "20fs", "tau_pressure": "100fs"}
+        log = tm.md(potential(), atoms, tmp_path / "run", **engine, **run)["log"]
+        assert np.ptp(log["total_eV"]) > 0.02
+        assert np.ptp(log["conserved_eV"]) < 0.1 * np.ptp(log["total_eV"])
+        assert (np.ptp(log["volume_A3"]) > 0.01) == ("pressure" in engine)
+
+    @pytest.mark.parametrize("thermostat", ["langevin", "bussi", "nose-hoover"])
+    def test_thermostats_reach_their_temperature_in_a_harmonic_crystal(self, thermostat):
+        """Of 8 atoms, where a wrong number of degrees of freedom is wrong by an eighth."""
+        atoms = bulk("Al", a=4.05) * 2
+        atoms.calc = Springs(atoms)
+        rng = np.random.default_rng(0)
+        settings = dynamics.settings_of("nvt", thermostat, 400.0, None, "4fs", "50fs", "1ps")
+        freedoms = dynamics.freedoms_of(atoms, settings.engine)
+        assert freedoms == (24 if thermostat == "langevin" else 21)
+        dynamics._draw_momenta(atoms, 100.0, freedoms, rng)
+        engine = dynamics._engine(atoms, settings, rng)
+        kinetic, stored = [], []
+        for step in range(4000):
+            engine.step()
+            if step > 300:
+                kinetic.append(atoms.get_kinetic_energy())
+                stored.append(atoms.get_potential_energy())
+        assert observables.temperature(np.mean(kinetic), freedoms) == pytest.approx(400, rel=0.06)
+        assert observables.temperature(np.mean(stored), 21) == pytest.approx(400, rel=0.1)  # equipartition
+
+    def test_random_momenta_have_exactly_the_temperature_and_move_nothing(self, atoms, tmp_path):
+        log = tm.md(potential(), atoms, tmp_path / "run", ensemble="nve", temperature=250, **SHORT)["log"]
+        assert log["temperature_K"][0] == pytest.approx(250)
+        first = ase.io.read(tmp_path / "run" / "trajectory.extxyz", 0)
+        assert first.get_momenta().sum(axis=0) == pytest.approx(0, abs=1e-6)
+
+    def test_given_momenta_are_kept(self, atoms, tmp_path):
+        tm.md(potential(), atoms, tmp_path / "warm", **SHORT)
+        log = tm.md(potential(), tmp_path / "warm" / "final.extxyz", tmp_path / "run", ensemble="nve", **SHORT)["log"]
+        final = ase.io.read(tmp_path / "warm" / "final.extxyz")
+        assert log["kinetic_eV"][0] == pytest.approx(final.get_kinetic_energy(), rel=1e-4)
+
+    def test_molecules_do_not_turn(self, tmp_path):
+        cluster = Atoms("Cu3Au", [[0, 0, 0], [2.5, 0, 0], [0, 2.6, 0], [1.2, 1.2, 1.9]])
+        result = tm.md(potential(), cluster, tmp_path / "run", ensemble="nve", most_force=500, **SHORT)
+        assert result["degrees of freedom"] == 6
+        momenta = ase.io.read(tmp_path / "run" / "trajectory.extxyz", 0).get_momenta()
+        middle = cluster.positions - cluster.get_center_of_mass()
+        assert np.cross(middle, momenta).sum(axis=0) == pytest.approx(0, abs=1e-5)
+
+
+class TestResuming:
+    @each_engine
+    def test_after_a_kill_it_is_the_same_to_the_last_bit(self, engine, atoms, tmp_path, monkeypatch):
+        monkeypatch.setattr(dynamics, "SAVED", 10)
+        tm.md(potential(), atoms, tmp_path / "whole", **engine, **SHORT)
+        killed_at(monkeypatch, 25, lambda: tm.md(potential(), atoms, tmp_path / "run", **engine, **SHORT))
+        assert int(json.loads(read_tensors(tmp_path / "run" / "state.safetensors")[1]["state"])["step"]) == 20
+        tm.md(potential(), atoms, tmp_path / "run", **engine, **SHORT)
+        for name in ("log.csv", "trajectory.extxyz", "final.extxyz"):
+            assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+        states = [read_tensors(tmp_path / folder / "state.safetensors")[0] for folder in ("run", "whole")]
+        assert all(states[0][name].equal(states[1][name]) for name in states[1])
+
+    def test_a_longer_time_goes_on(self, atoms, tmp_path, monkeypatch):
+        monkeypatch.setattr(dynamics, "SAVED", 20)
+        for time in ("40steps", "60steps"):
+            result = tm.md(potential(), atoms, tmp_path / "run", **{**SHORT, "time": time})
+        tm.md(potential(), atoms, tmp_path / "whole", **{**SHORT, "time": "60steps"})
+        assert (tmp_path / "run" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+        assert result["steps"] == 60 and len(result["log"]["step"]) == 13
+
+    def test_a_shorter_one_is_refused(self, atoms, tmp_path):
+        tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+        with pytest.raises(tm.InputError, match=r"already holds 0\.04 ps"):
+            tm.md(potential(), atoms, tmp_path / "run", **{**SHORT, "time": "20steps"})
+
+    def test_another_simulation_is_refused(self, atoms, tmp_path):
+        tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+        with pytest.raises(tm.InputError, match=r"another run: temperature was 300\.0 there and is 400\.0 now"):
+            tm.md(potential(), atoms, tmp_path / "run", temperature=400, **SHORT)
+
+
+class TestExplosions:
+    def test_it_stops_at_the_step_and_atom_and_keeps_the_last_good_frame(self, atoms, tmp_path, capsys):
+        run = {**SHORT, "timestep": "20fs", "tau": "200fs", "verbose": True}
+        for _ in range(2):  # the same command says the same
+            result = tm.md(potential(), atoms, tmp_path / "run", temperature=9000, most_force=20, **run)
+            stopped = result["stopped"]
+            assert stopped.startswith("the simulation exploded at step ") and "atom" in stopped
+            assert "last_good.extxyz" in stopped
+            assert "exploded" in " ".join(capsys.readouterr().err.split())
+        good = ase.io.read(tmp_path / "run" / "last_good.extxyz")
+        assert int(stopped.split("step ")[1].split()[0]) == good.info["step"] + 1
+        good.calc = tm.Calculator(potential())
+        assert np.linalg.norm(good.get_forces(), axis=1).max() < 20
+        assert "exploded" in (tmp_path / "run" / "simulation.html").read_text()
+
+    def test_a_structure_that_begins_so_is_refused(self, atoms, tmp_path):
+        with pytest.raises(tm.InputError, match=r"begins with a force of .* relax it first"):
+            tm.md(potential(), atoms, tmp_path / "run", most_force=1e-3, **SHORT)
+
+    def test_an_atom_that_leaves_is_seen(self, tmp_path):
+        pair = Atoms("Cu3", [[0, 0, 0], [2.6, 0, 0], [0, 2.6, 0]])
+        pair.set_momenta(pair.get_masses()[:, None] * np.array([[0, 0, 0], [3.0, 0, 0], [0, 0, 0]]) / 10)
+        run = {**SHORT, "time": "2000steps", "timestep": "2fs"}
+        stopped = tm.md(potential(), pair, tmp_path / "run", ensemble="nve", most_force=1e4, **run)["stopped"]
+        assert "has left all others: none is within 4 Å" in stopped or "temperature" in stopped
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"ensemble": "nph"}, "no ensemble 'nph'"),
+            ({"thermostat": "andersen"}, "no thermostat 'andersen'"),
+            ({"ensemble": "nve", "thermostat": "bussi"}, "leave out bussi"),
+            ({"ensemble": "npt"}, "a pressure, such as 1bar"),
+            ({"pressure": "1bar"}, "a pressure, such as 1bar"),
+            ({"ensemble": "npt", "pressure": "1"}, "'1' is no pressure"),
+            ({"timestep": "1"}, "timestep is '1', which is no time"),
+            ({"every": "1.5fs"}, "every is 1.5fs, which is no whole number of steps of 1 fs"),
+            ({"time": "manysteps"}, "no number of steps"),
+            ({"temperature": -1}, "makes no sense"),
+            ({"tau": "2fs"}, "less than five timesteps"),
+            ({"skip": "40fs"}, "leave something"),
+        ],
+    )
+    def test_settings(self, options, message, atoms, tmp_path):
+        with pytest.raises(tm.InputError, match=message):
+            tm.md(potential(), atoms, tmp_path / "run", **{**SHORT, **options})
+        assert not (tmp_path / "run").exists()
+
+    def test_elements_never_seen(self, atoms, tmp_path):
+        atoms.numbers[0] = 47
+        with pytest.raises(tm.InputError, match="has Ag, which the model never saw"):
+            tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+        with pytest.raises(tm.InputError, match="structure 1 has Ag"):
+            tm.relax(potential(), [*alloys(1), atoms], verbose=False)
+
+    def test_models_without_forces(self, atoms, tmp_path):
+        with pytest.raises(tm.InputError, match="no energy"):
+            tm.md(gap_model(), atoms, tmp_path / "run", **SHORT)
+
+    def test_cells_that_are_none(self, atoms, tmp_path):
+        atoms.pbc = False
+        with pytest.raises(tm.InputError, match="npt needs a structure that is periodic"):
+            tm.md(potential(), atoms, tmp_path / "run", **ENGINES["npt"], **SHORT)
+        with pytest.raises(tm.InputError, match="structure 0 is not periodic"):
+            tm.relax(potential(), [atoms], cell=True)
+
+    def test_files_of_several_structures(self, tmp_path):
+        ase.io.write(tmp_path / "all.extxyz", alloys(3))
+        with pytest.raises(tm.InputError, match="has 3 structures: choose one with index"):
+            tm.md(potential(), tmp_path / "all.extxyz", tmp_path / "run", **SHORT)
+        tm.md(potential(), tmp_path / "all.extxyz", tmp_path / "run", index=-1, **SHORT)
+
+    def test_direct_forces_are_warned_of(self, atoms, tmp_path, capsys):
+        run = {**SHORT, "verbose": True}
+        result = tm.md(direct(), atoms, tmp_path / "run", ensemble="nve", **run)
+        assert "no derivatives of its energy" in " ".join(capsys.readouterr().err.split())
+        assert result["forces"] == "direct"
+
+
+class TestPage:
+    def test_numbers_and_figures(self, atoms, tmp_path):
+        result = tm.md(potential(), atoms * (2, 2, 2), tmp_path / "run", reference=[atoms * (2, 2, 2)], **SHORT)
+        page = (tmp_path / "run" / "simulation.html").read_text()
+        assert page.count("<svg") == 7 and "http" not in page.split("<footer>")[0].replace("http-equiv", "")
+        assert json.loads((tmp_path / "run" / "simulation.json").read_text()) == result
+        assert set(result["reference"]["errors"]) == {"Au-Au", "Au-Cu", "Cu-Cu"}
+        assert result["density"]["value"] == pytest.approx(
+            atoms.get_masses().sum() / atoms.get_volume() * 1.66054, rel=1e-4
+        )
+
+    def test_what_is_skipped_is_not_averaged(self, atoms, tmp_path):
+        result = tm.md(potential(), atoms, tmp_path / "run", skip="20steps", **SHORT)
+        assert result["averaged_ps"] == pytest.approx(0.02)
+        assert result["temperature"]["value"] == pytest.approx(np.mean(result["log"]["temperature_K"][4:]))
+
+    def test_pairs_have_to_be_there(self, atoms, tmp_path):
+        with pytest.raises(tm.InputError, match="do not both have H-O: choose pairs among"):
+            tm.md(potential(), atoms, tmp_path / "run", reference=alloys(2), pairs=["O-H"], **SHORT)
+
+
+class TestRelaxations:
+    @pytest.mark.parametrize("optimizer", ["FIRE", "LBFGS"])
+    def test_they_reach_fmax_and_lower_the_energy(self, optimizer, crystal):
+        (atoms,) = tm.relax("small", [crystal], fmax=0.02, optimizer=optimizer, verbose=False)
+        assert atoms.info["relaxed"] and atoms.info["relax_energy_change"] < 0
+        assert np.linalg.norm(atoms.get_forces(), axis=1).max() < 0.02
+        again = atoms.copy()
+        again.calc = tm.Calculator("small")
+        assert again.get_forces() == pytest.approx(atoms.get_forces(), abs=1e-5)
+
+    def test_cells_come_to_rest_too(self):
+        (atoms,) = tm.relax(potential(), alloys(1), fmax=0.02, cell=True, steps=300, verbose=False)
+        assert atoms.info["relaxed"]
+        assert np.abs(atoms.get_stress()).max() * atoms.get_volume() < 0.1
+        assert atoms.get_volume() != pytest.approx(alloys(1)[0].get_volume(), rel=1e-4)
+
+    def test_what_ended_higher_is_counted(self):
+        info = {"relaxed": True, "relax_energy_change": 0.2}
+        text = relaxation_summary(
+            [Atoms("Cu", info=info), Atoms("Cu", info={**info, "relax_energy_change": -0.1})], 0.05
+        )
+        assert text == "2 of 2 structures reached 0.05 eV/Å; 1 ended with a higher energy, at a saddle: use FIRE"
+
+    def test_what_did_not_converge_is_counted(self, capsys):
+        relaxed = tm.relax(potential(), alloys(3), fmax=1e-4, steps=1)
+        assert not any(atoms.info["relaxed"] for atoms in relaxed)
+        assert "0 of 3 structures reached 0.0001 eV/Å; 3 did not" in " ".join(capsys.readouterr().err.split())
+
+    def test_the_same_command_goes_on(self, tmp_path, monkeypatch):
+        run = {"fmax": 0.1, "device": "cpu", "verbose": False}
+        tm.relax(potential(), alloys(4), tmp_path / "whole.extxyz", **run)
+
+        append = _Relaxed.append
+
+        def stop_at_two(self, atoms):
+            if len(self.list.read_text().splitlines()) == 3:
+                with self.out.open("a") as file:
+                    file.write("4\nhalf of a struct")
+                raise KeyboardInterrupt
+            append(self, atoms)
+
+        monkeypatch.setattr(_Relaxed, "append", stop_at_two)
+        with pytest.raises(KeyboardInterrupt):
+            tm.relax(potential(), alloys(4), tmp_path / "out.extxyz", **run)
+        monkeypatch.setattr(_Relaxed, "append", append)
+        relaxed = tm.relax(potential(), alloys(4), tmp_path / "out.extxyz", **run)
+        assert (tmp_path / "out.extxyz").read_text() == (tmp_path / "whole.extxyz").read_text()
+        assert len(relaxed) == 4 and all(bool(atoms.info["relaxed"]) for atoms in relaxed)
+        with pytest.raises(tm.InputError, match="holds other relaxations"):
+            tm.relax(potential(), alloys(4), tmp_path / "out.extxyz", **{**run, "fmax": 0.2})
+
+    def test_other_files_are_not_touched(self, tmp_path):
+        (tmp_path / "mine.extxyz").write_text("precious")
+        with pytest.raises(tm.InputError, match="choose another file"):
+            tm.relax(potential(), alloys(1), tmp_path / "mine.extxyz", verbose=False)
+        assert (tmp_path / "mine.extxyz").read_text() == "precious"
+
+
+class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        potential().save("m.safetensors")
+        ase.io.write("a.extxyz", alloys(2))
+
+    def test_md(self, capsys):
+        words = "md m.safetensors a.extxyz --index 0 --time 10fs --every 5fs --ensemble nve --device cpu --out RUN"
+        cli.main([*words.split(), "--json"])
+        assert json.loads(capsys.readouterr().out)["steps"] == 20
+        cli.main(words.split())  # finished: nothing is done again
+
+    def test_md_that_explodes_exits_with_one(self):
+        words = "md m.safetensors a.extxyz --index 0 --timestep 20fs --tau 200fs --every 1steps --temperature 9000"
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*words.split(), "--most-force", "20", "--out", "RUN"])
+        assert exit.value.code == 1
+
+    def test_relax(self):
+        cli.main(["relax", "m.safetensors", "a.extxyz", "--out", "relaxed.extxyz", "--fmax", "0.1"])
+        assert len(ase.io.read("relaxed.extxyz", ":")) == 2
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["relax", "m.safetensors", "a.extxyz", "--out", "other.extxyz", "--fmax", "1e-5", "--steps", "1"])
+        assert exit.value.code == 1
+
+
+class Springs(AseCalculator):
+    """Harmonic springs between nearest neighbours: a crystal that knows no place in space."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012
+
+    def __init__(self, atoms: Atoms, strength: float = 2.0):
+        super().__init__()
+        self.rest = atoms.positions.copy()
+        i, j, vectors = neighbor_list("ijD", atoms, 3.0)
+        along = vectors / np.linalg.norm(vectors, axis=1)[:, None]
+        n = len(atoms)
+        matrix = np.zeros((n, 3, n, 3))
+        for a, b, d in zip(i, j, along, strict=True):
+            spring = strength * (np.outer(d, d) + 0.2 * np.eye(3))
+            matrix[a, :, a] += spring
+            matrix[a, :, b] -= spring
+        self.matrix = matrix.reshape(3 * n, 3 * n)
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        u = (self.atoms.positions - self.rest).ravel()
+        force = -self.matrix @ u
+        self.results = {"energy": float(-force @ u / 2), "forces": force.reshape(-1, 3)}
+        self.results["free_energy"] = self.results["energy"]
+
+
+def killed_at(monkeypatch, step, run):
+    record = dynamics.Simulation._record
+
+    def record_or_die(self):
+        record(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamics.Simulation, "_record", record_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            run()
