@@ -367,7 +367,7 @@ def _opened(executor: Executor | str | None, workers: int | None, cells: int) ->
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}, but must be at least one")
     if executor is None:
-        most = min(workers or _cores(), cells)
+        most = min(workers or cores(), cells)
         with _processes(most) as pool:
             yield pool, most
     elif isinstance(executor, str):
@@ -437,7 +437,7 @@ def _dask(address: str) -> Iterator[Executor]:
         yield client.get_executor(pure=False)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may use, which a batch system may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

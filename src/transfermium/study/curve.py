@@ -34,7 +34,7 @@ from ..train import parse_time
 from ..transfer import weights_fingerprint
 from .bakeoff_page import finite
 from .baselines import baselines, compositions_of
-from .cells import Cell, run
+from .cells import Cell, cores, run
 from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, number_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
 from .plan import Target, divided, packed
@@ -156,7 +156,7 @@ def curve(
     if budget is None:
         study.bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
     else:
-        study.bounds = study.within(parse_time(budget), workers or 1)
+        study.bounds = study.within(parse_time(budget), workers or (1 if executor else cores()))
     if viewer:
         need_viewer()
     if not quiet or dry_run:
@@ -181,6 +181,7 @@ def curve(
         "test materials": study.n_materials,
         "labels at hand": study.n_pool,
         "leaks": study.leaks,
+        "left out of the labels": study.left_out,
         "base": study.said_of_base,
         "theory": {side: _said_most(points, name) for side, name in (("labels", "theory"), ("base", "base theory"))},
         "dropped": study.dropped,
@@ -278,7 +279,7 @@ class Study:
         if split_key is not None:
             structures, test = _by(split_key, read(structures))
         structures, test = _bonded(structures), None if test is None else _bonded(test)
-        pool, tests = divided("target", Target(structures, objective, test, *self.named))
+        pool, tests, self.left_out = divided("target", Target(structures, objective, test, *self.named))
         self.n_pool, self.n_test = len(pool), len(tests)
         if self.n_test < 2:
             raise InputError("one test structure gives no interval: give several (--test)")

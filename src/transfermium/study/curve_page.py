@@ -312,6 +312,8 @@ def _tests(result: Result) -> list[str]:
         said = [f"{n} structures of one material test; intervals take them as independent, and hold no other material."]
     if result["leaks"]:
         said.append(f"Of what there was to pre-train on, {result['leaks']}.")
+    if result["left out of the labels"]:
+        said.append(f"Of the labels, {result['left out of the labels']}.")
     if lacking := result["not judged"]:
         said.append(f"There are no errors of {', '.join(lacking)}: not all test structures have such a label.")
     if result["dropped"]:

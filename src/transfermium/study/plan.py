@@ -84,7 +84,7 @@ class Plan:
                 raise InputError(
                     f"the target {name} has energies, and {', '.join(levels)} each have their own: choose one level"
                 )
-            pool, test = divided(name, target)
+            pool, test, _ = divided(name, target)
             tests.append(test)
             self.pools[name], self.tests[name] = packed(out, f"{name}-pool", pool), packed(out, f"{name}-test", test)
             self.ids[name] = fingerprint(test)
@@ -214,8 +214,9 @@ class Plan:
         return Cell(key, tuned, arguments, needs)
 
 
-def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
-    """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides."""
+def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms], str]:
+    """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides; and what
+    was left out for that."""
     if isinstance(target.objective, Parts):
         raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
     everything = _labelled(name, read(target.structures), target)
@@ -225,11 +226,15 @@ def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]
         parts = split(everything, 0.2, seed=0)
         pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
     pool, found = without(pool, test, quiet=True)
-    if found:
-        console.print(f"{name}: {summary(found, len(pool) + len(found))} into its test set; they are left out")
+    said = f"{summary(found, len(pool) + len(found))} into its test set; they are left out" if found else ""
+    if said:
+        console.print(f"{name}: {said}")
     if len(pool) < 5 or not len(test):
-        raise InputError(f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few")
-    return pool, test
+        left = f" ({said})" if said else ""
+        raise InputError(
+            f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few{left}"
+        )
+    return pool, test, said
 
 
 def packed(out: Path, name: str, structures: Sequence[Atoms]) -> str:

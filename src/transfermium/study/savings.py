@@ -103,15 +103,20 @@ def verdict(
         said = f"{what} does not help here"
     else:
         return f"{unclear} ({numbers})."
-    sizes = np.exp(transfer.points[0])[[0, -1]].tolist()
-    few, many = factors(transfer, scratch, sizes)
-    worth = f"{short(sizes[0])} labels are worth {few} times as many from scratch and {short(sizes[1])} labels {many}"
-    if cost is not None and many.low > 1:
-        worth += f", which saves {saved(many, sizes[1], cost)} hours"
+    parts = []
+    if overall.high < 1:
+        sizes = np.exp(transfer.points[0])[[0, -1]].tolist()
+        few, many = factors(transfer, scratch, sizes)
+        worth = (
+            f"{short(sizes[0])} labels are worth {few} times as many from scratch and {short(sizes[1])} labels {many}"
+        )
+        if cost is not None and many.low > 1:
+            worth += f", which saves {saved(many, sizes[1], cost)} hours"
+        parts.append(worth)
     if target is not None:
         error = f"{short(target)} {unit}".strip()
-        worth += f"; {error} takes {transfer.inverse(target)} labels instead of {scratch.inverse(target)}"
-    return f"{said} ({numbers}): {worth}."
+        parts.append(f"{error} takes {transfer.inverse(target)} labels instead of {scratch.inverse(target)}")
+    return f"{said} ({numbers}){': ' if parts else ''}{'; '.join(parts)}."
 
 
 def _factor(transfer: Fit, scratch: Fit, size: float) -> Estimate:
