@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,10 @@ def study_without_end(out: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_command(how: signal.Signals, tmp_path: Path) -> None:
     code = f"from pathlib import Path; from tests.study.test_cells import *; study_without_end(Path({str(tmp_path)!r}))"
-    command = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore Ctrl-C
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     try:
         await_that(lambda: len(written(tmp_path)) == 2)
         workers = [int(file.read_text()) for file in written(tmp_path)]
