@@ -18,7 +18,8 @@ from transfermium.model import load
 from transfermium.report import need_viewer
 from transfermium.study.curve import Study, bound_of, chosen_sizes, curve, validation_error
 from transfermium.study.curve_laws import Curves, goal_of, summary
-from transfermium.study.points import absolute, valid_fraction
+from transfermium.study.judged import absolute
+from transfermium.study.points import valid_fraction
 
 
 def points(arm, law, sizes, seeds=3, n_pretraining=None, scatter=0.02, n_test=40):

@@ -37,6 +37,7 @@ from .baselines import baselines, compositions_of
 from .cells import Cell, cores, run
 from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, number_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
+from .judged import tested
 from .plan import Target, divided, packed
 from .points import (
     CHEAP,
@@ -52,7 +53,6 @@ from .points import (
     point,
     scalar_of,
     scalars,
-    tested,
     untouched,
 )
 

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from ..backbones import Backbone
 from ..card import theory
-from ..data import Labelled, Labels, nested, read, resolve
+from ..data import nested, read
 from ..data.columns import count_elements
 from ..data.sequences import Subset
 from ..data.split import split
-from ..dataset import subtractable
 from ..errors import InputError
-from ..evaluate import Pairs, compared, objective_of, output_of, stored_as, without_reference
+from ..evaluate import compared, stored_as, without_reference
 from ..model import Model, load
 from ..objectives import Fidelities, Objective, Property
 from ..transfer import finetune, pretrain
 from ..unseen import WITHOUT
 from .cells import Done
+from .judged import errors_of, labelled_for
 from .stages import cost_of, packed_at
 
 VALID = 0.2  # of the labels of a model that is trained
@@ -231,7 +231,7 @@ def untouched(
         return {}
     result: dict[str, Any] = {}
     for side, pack in (("pool", pool), ("test", test)):
-        labelled = _labelled(objective, read(packed_at(folder, pack)), label, unit)
+        labelled = labelled_for(objective, read(packed_at(folder, pack)), label, unit)
         rows = compared(found, objective, labelled, edges)[f"{name}_per_atom" if name == "energy" else name]
         sizes = np.array([len(atoms) if name == "energy" else 1 for atoms in labelled])
         result[side] = (np.array([float(np.ravel(output)[0]) for _, output in rows]) * sizes).tolist()
@@ -250,61 +250,10 @@ def scalars(
 ) -> np.ndarray:
     """Labels of `scalar_of`, in the units that are learned; NaN where there is none: (n,)."""
     name = objective.output if isinstance(objective, Property) else "energy"
-    labelled = _labelled(objective, structures, label, unit)
+    labelled = labelled_for(objective, structures, label, unit)
     rng = np.random.default_rng(0)  # no label looks at it
     samples = (objective.prepare(labelled[i], rng) for i in range(len(labelled)))
     return np.array([float(sample.targets[name][0]) if name in sample.targets else np.nan for sample in samples])
-
-
-def errors_of(
-    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Of each quantity the mean absolute error of each structure (of classes 0 or 1), and its unit."""
-    return absolute(model, tested(model, structures, label, unit)[0])
-
-
-def tested(
-    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
-) -> tuple[Pairs, Labels]:
-    """Labels and predictions of every test structure, and what is known of the labels."""
-    objective = objective_of(model).comparable()
-    labelled = _labelled(objective, structures, label, unit)
-    return compared(model, objective, labelled, 10_000), labelled.labels
-
-
-def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Errors of each structure, and units, from labels and predictions; quantities that some structures lack are left
-    out."""
-    errors: dict[str, list[float]] = {}
-    units: dict[str, str] = {}
-    for name, rows in pairs.items():
-        if rows[0][1].shape != np.shape(rows[0][0]):
-            errors[name] = [_wrong(np.asarray(target), output) for target, output in rows]
-            units[name] = "wrong"
-            continue
-        found = [np.abs(output - target) for target, output in rows]
-        if not all(np.isfinite(each).any() for each in found):
-            continue
-        errors[name] = [float(np.nanmean(each)) for each in found]
-        output = output_of(model, name.removesuffix("_per_atom"))
-        unit = model.card["quantities"].get(output, ["", ""])[1]
-        units[name] = f"{unit}/atom" if name == "energy_per_atom" else unit
-    return errors, units
-
-
-def _wrong(target: np.ndarray, output: np.ndarray) -> float:
-    """Part of the classes, of those that are known, that are not the likeliest one."""
-    known = np.isfinite(target)
-    return float(np.mean(output.argmax(axis=-1)[known] != target[known]))
-
-
-def _labelled(
-    objective: Objective, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
-) -> Labelled:
-    wanted = objective.labels()
-    optional = list(wanted) if len(wanted) > 1 else []
-    labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
-    return Labelled(structures, subtractable(structures, labels, objective))
 
 
 def _base(folder: Path, model: str | None, base: Done | None) -> Path:

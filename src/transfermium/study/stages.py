@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 
 from ..backbones import Backbone
-from ..data import Labelled, nested, read, resolve
+from ..data import nested, read
 from ..data.sequences import Subset
 from ..data.split import materials
 from ..errors import InputError
-from ..evaluate import compared, objective_of
 from ..model import Model
 from ..objectives import Objective
 from ..objectives.together import Parts
 from ..transfer import finetune, pretrain
 from .cells import Done
+from .judged import errors_of
 
 VALID = 0.2  # of the labels of each fine-tuning, which choose the checkpoint and, once, the learning rate
 
@@ -85,7 +84,9 @@ def tuned(
             raise
         return {"arm": arm, "lr": lr, "validation loss": None}  # never chosen
     tests = read(packed_at(folder, test))
-    quantity, wanted, errors = _errors(model, tests, label, unit)
+    errors_by, units = errors_of(model, tests, label, unit)
+    quantity = "forces" if "forces" in errors_by else next(iter(errors_by))
+    wanted, errors = units[quantity], errors_by[quantity]
     cost = cost_of(model)
     return {
         "target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr,
@@ -94,24 +95,6 @@ def tuned(
         "test_ids_sha": ids, "n_test": len(errors), "validation loss": cost["validation loss"], "errors": errors,
         "materials": materials(tests).tolist(),
     }  # fmt: skip
-
-
-def _errors(
-    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
-) -> tuple[str, str, list[float]]:
-    """The quantity that is judged, its unit, and the mean absolute error of each structure (of classes: 0 or 1)."""
-    objective = objective_of(model).comparable()
-    wanted = objective.labels()
-    optional = [name for name, needed in wanted.items() if not needed]
-    labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
-    pairs = compared(model, objective, Labelled(structures, labels), 10_000)
-    name = "forces" if "forces" in pairs else next(iter(pairs))
-    rows = pairs[name]
-    if rows[0][1].shape != np.shape(rows[0][0]):
-        return name, "wrong", [float(np.mean(output.argmax(axis=-1) != target)) for target, output in rows]
-    errors = [float(np.nanmean(np.abs(output - target))) for target, output in rows]
-    meaning = model.card["quantities"].get(name.removesuffix("_per_atom"), ["", ""])
-    return name, f"{meaning[1]}/atom" if name == "energy_per_atom" else meaning[1], errors
 
 
 def cost_of(model: Model) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Errors of a model on test structures, one by one, as studies count them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ase import Atoms
+
+from ..data import Labelled, Labels, resolve
+from ..dataset import subtractable
+from ..evaluate import Pairs, compared, objective_of, output_of
+from ..model import Model
+from ..objectives import Objective
+
+
+def errors_of(
+    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Of each quantity the mean absolute error of each structure (of classes 0 or 1), and its unit."""
+    return absolute(model, tested(model, structures, label, unit)[0])
+
+
+def tested(
+    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> tuple[Pairs, Labels]:
+    """Labels and predictions of every test structure, and what is known of the labels."""
+    objective = objective_of(model).comparable()
+    labelled = labelled_for(objective, structures, label, unit)
+    return compared(model, objective, labelled, 10_000), labelled.labels
+
+
+def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Errors of each structure, and units, from labels and predictions; quantities that some structures lack are left
+    out."""
+    errors: dict[str, list[float]] = {}
+    units: dict[str, str] = {}
+    for name, rows in pairs.items():
+        if rows[0][1].shape != np.shape(rows[0][0]):
+            errors[name] = [_wrong(np.asarray(target), output) for target, output in rows]
+            units[name] = "wrong"
+            continue
+        found = [np.abs(output - target) for target, output in rows]
+        if not all(np.isfinite(each).any() for each in found):
+            continue
+        errors[name] = [float(np.nanmean(each)) for each in found]
+        output = output_of(model, name.removesuffix("_per_atom"))
+        unit = model.card["quantities"].get(output, ["", ""])[1]
+        units[name] = f"{unit}/atom" if name == "energy_per_atom" else unit
+    return errors, units
+
+
+def _wrong(target: np.ndarray, output: np.ndarray) -> float:
+    """Part of the classes, of those that are known, that are not the likeliest one."""
+    known = np.isfinite(target)
+    return float(np.mean(output.argmax(axis=-1)[known] != target[known]))
+
+
+def labelled_for(
+    objective: Objective, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
+) -> Labelled:
+    """Structures with all labels that they have of an objective, in the units that are learned."""
+    wanted = objective.labels()
+    optional = list(wanted) if len(wanted) > 1 else []
+    labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
+    return Labelled(structures, subtractable(structures, labels, objective))
