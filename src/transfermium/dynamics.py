@@ -247,7 +247,7 @@ def settings_of(
     if (pressure is not None) != (ensemble == "npt"):
         raise InputError("a pressure, such as 1bar, goes with npt and only with it: change one of them")
     if not 0 <= temperature < 1e5 or (temperature == 0 and ensemble != "nve"):
-        raise InputError(f"a temperature of {temperature} K makes no sense: choose one above zero")
+        raise InputError(f"a temperature of {temperature} K makes no sense: choose one above zero and below 100,000")
     step, tau_fs, slow_fs = (_femtoseconds(n, t) for n, t in (("timestep", timestep), ("tau", tau), ("tau", slow)))
     if not 0 < step <= 20:
         raise InputError(f"a timestep of {timestep} makes no sense: 0.5fs suits hydrogen, 2fs heavy atoms")

@@ -45,7 +45,7 @@ def relax(
 
     Args:
         out: an extended XYZ file, which grows with every structure; the same command goes on. A file of the same name
-            with the ending .jsonl, beside it, says how far it came.
+            with .jsonl added to its name, beside it, says how far it came.
         fmax: in eV/Å, the largest force that is left.
         cell: whether the cell relaxes too, by ASE's `FrechetCellFilter`.
         optimizer: "FIRE" is robust; "LBFGS" takes fewer steps near a minimum, and may climb to a saddle far from one.
@@ -139,7 +139,7 @@ class _Relaxed:
     """A file of relaxed structures that grows, and a list beside it of how far it came."""
 
     def __init__(self, out: Path, identity: dict[str, Any]):
-        self.out, self.list = out, out.with_suffix(".jsonl")
+        self.out, self.list = out, out.with_name(f"{out.name}.jsonl")
         if out.suffix.lower() not in (".extxyz", ".xyz"):
             raise InputError(f"{out} ends in '{out.suffix}', but relaxed structures are written to .extxyz or .xyz")
         out.parent.mkdir(parents=True, exist_ok=True)

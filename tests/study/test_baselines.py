@@ -63,14 +63,15 @@ def test_without_a_cheap_value_the_label_itself_is_fitted(kind):
     np.testing.assert_allclose(found["mean"], np.mean(labels / size[0]) * size[1] * np.ones(TEST))
 
 
-def test_what_an_element_no_label_has_shifts_is_zero_and_is_told():
+def test_an_element_that_no_label_has_is_an_average_one_and_is_told():
     (a, x), (b, x_test) = drawn(N, 0), drawn(TEST, 1)
     a[:, 3] = 0
     labels, cheap = made_by("per-element shift", a, x, "extensive")
     test_cheap = x_test * b.sum(axis=1)
     found = baselines(labels, a, b, cheap, test_cheap)["per-element shift"]
 
-    np.testing.assert_allclose(found, test_cheap + b[:, :3] @ SHIFTS[:3], atol=1e-9)
+    average = ((labels - cheap) / a.sum(axis=1)).mean()
+    np.testing.assert_allclose(found, test_cheap + b[:, :3] @ SHIFTS[:3] + average * b[:, 3], atol=1e-9)
     assert unlabelled(a, b) == ["Li"]  # column 3
     assert unlabelled(b, a) == []
 
@@ -146,3 +147,11 @@ def test_it_works_on_structures():
     a = compositions_of(structures)
     found = baselines([-7.0, -3.0, -8.0], a, a)
     np.testing.assert_allclose(found["per-element fit"], [-7.0, -3.0, -8.0])
+
+
+def test_the_zero_of_a_property_changes_no_error():
+    (a, _), (b, _) = drawn(N, 0), drawn(TEST, 1)
+    a[:, 3] = 0  # an element of the tests that no label has
+    labels = a @ SHIFTS / a.sum(axis=1)
+    found, moved = (baselines(labels + zero, a, b, kind="intensive")["per-element fit"] for zero in (0.0, 100.0))
+    np.testing.assert_allclose(moved - 100.0, found, atol=1e-9)

@@ -13,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 import transfermium as tm
 from tests.alloys import alloys, without
 from transfermium.data import read
+from transfermium.data.split import independent
 from transfermium.errors import InputError
 from transfermium.model import load
 from transfermium.report import need_viewer
@@ -129,7 +130,7 @@ class TestSummary:
         assert told.endswith("more are needed.")
         assert "-" not in told.split("at hand")[1]
         told = summary(curves, chosen=("full", None), goal=goal_of(1e-3, curves.units), labels=200)["verdict"]
-        assert told.endswith("Whether 200 labels are enough is not told beyond 40: add larger sizes.")
+        assert told.endswith("The curve ends at 40 labels above that error: measure more, up to 200.")
 
     def test_labels_are_enough_where_the_whole_interval_says_so(self):
         curves = Curves(points("scratch", scratch, SIZES) + points("full", worth_four, SIZES, scatter=0.1))
@@ -184,6 +185,20 @@ def test_target_errors(text, quantity, error):
 
 def test_target_stresses_are_given_as_they_are_printed():
     assert goal_of("1 GPa", {"stress": "eV/Å^3"}) == ("stress", pytest.approx(1 / 160.21766208))
+
+
+def test_a_target_error_in_a_unit_that_is_not_here_is_said_at_once(tmp_path):
+    with pytest.raises(InputError, match=r"errors here are in eV/Å \(forces\)"):
+        small(tmp_path, target="5kcal/mol", dry_run=True)
+
+
+def test_frames_of_one_composition_are_one_material():
+    frames = [atoms for atoms in alloys(40, seed=5) if set(atoms.symbols) == {"Au"}]
+    assert len(frames) > 1 and len(set(independent(frames))) == 1
+    named = [atoms.copy() for atoms in frames]
+    for number, atoms in enumerate(named):
+        atoms.info["material_id"] = str(number)
+    assert len(set(independent(named))) == len(frames)
 
 
 @pytest.mark.parametrize("text", ["small", "-3", "0", "5 kcal/mol", "meV", "1..2", "."])

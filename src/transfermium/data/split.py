@@ -197,6 +197,18 @@ def materials(structures: Sequence[Atoms]) -> np.ndarray:
     return groups
 
 
+def independent(structures: Sequence[Atoms]) -> np.ndarray:
+    """Numbers of materials, as far as structures have ids; others belong together where they share a composition."""
+    groups, known = materials(structures), np.zeros(len(structures), bool)
+    for key in IDS:
+        codes = _ids(structures, key)
+        if codes is not None:
+            known |= codes >= 0
+    if known.all():
+        return groups
+    return np.where(known, groups, groups.max() + 1 + _numbered(formulas(structures)))
+
+
 def found_split_keys(structures: Sequence[Atoms]) -> dict[str, list[Any]]:
     """Keys of info that look like a ready-made split (split, test_fold, cv_fold...) → their values."""
     found: dict[str, set[Any]] = {}

@@ -29,7 +29,7 @@ def baselines(
     "mean" and "per-element fit" of the label itself. Extensive quantities are fitted per atom, so that a constant is
     one per atom; of intensive ones an element counts by its fraction of the atoms. Every law is a least-squares fit.
     Where labels do not determine what each element shifts, or only just, the shifts are pulled towards each other, by
-    as much as leave-one-out errors say; an element that no label has shifts nothing (see `unlabelled`).
+    as much as leave-one-out errors say; an element that no label has counts as an average one (see `unlabelled`).
 
     Args:
         labels: (n,), finite.
@@ -104,7 +104,7 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _by_element(fractions: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Values per element, (n_elements,), whose means over atoms best explain y; zero for those that do not occur.
+    """Values per element, (n_elements,), whose means over atoms best explain y; the mean where an element is missing.
 
     A ridge regression of y on fractions with a free constant, which pulls the elements towards each other: fractions
     add up to one, so that the constant is what all elements share. The penalty with the smallest leave-one-out error is
@@ -129,6 +129,6 @@ def _by_element(fractions: np.ndarray, y: np.ndarray) -> np.ndarray:
     best = int(np.nanargmin(errors)) if np.isfinite(errors).any() else 0
 
     slopes = (kept[best] / s * projected) @ v
-    values = np.zeros(fractions.shape[1])
+    values = np.full(fractions.shape[1], y.mean())
     values[present] = slopes + y.mean() - a.mean(axis=0) @ slopes
     return values

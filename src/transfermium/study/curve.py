@@ -22,8 +22,9 @@ from ..data.leakage import summary as leaked
 from ..data.leakage import without
 from ..data.read import Source
 from ..data.sequences import Subset
-from ..data.split import by_key, materials, nested, split
+from ..data.split import by_key, independent, nested, split
 from ..errors import InputError
+from ..evaluate import PRINTED
 from ..model import Model, copied, described, load
 from ..objectives import Fidelities, Objective, Property
 from ..objectives.together import Parts
@@ -35,9 +36,9 @@ from ..transfer import weights_fingerprint
 from .bakeoff_page import finite
 from .baselines import baselines, compositions_of
 from .cells import Cell, cores, run
-from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, number_of, summary
+from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
-from .judged import tested
+from .judged import labelled_for, tested
 from .plan import Target, divided, packed
 from .points import (
     CHEAP,
@@ -152,7 +153,7 @@ def curve(
     )  # fmt: skip
     cost = None if cost_per_label is None else _hours(cost_per_label)
     if target is not None:
-        number_of(target)  # what is no error is said before hours of work; units are known behind them
+        goal_of(target, study.units())  # what is no error here is said before hours of work
     if budget is None:
         study.bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
     else:
@@ -192,6 +193,7 @@ def curve(
         "baselines": study.baselines(curves.units, fan_out),
         **summary(curves, chosen=best, goal=goal, cost=cost, margin=margin, labels=study.n_pool),
     }  # fmt: skip
+    result["verdict"] += "" if best is None else _without_network(result, name_of(best))
     result = finite(result)
     write_json(study.out / "curve.json", result)
     example = None if best is None else study.example(best, points)
@@ -242,7 +244,10 @@ class Study:
         self.dropped: list[str] = []
         self.arms = list(dict.fromkeys([SCRATCH, *arms]))
         if (base is None) == (base_data is None):
-            raise InputError("a curve needs a base model, or else data to pre-train one on (--base or --base-data)")
+            asked = "one of the two" if base is None else "one of them, not both"
+            raise InputError(
+                f"a curve needs a base model, or else data to pre-train one on: give {asked} (--base, --base-data)"
+            )
         if seeds < 1:
             raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
         if not rates:
@@ -283,7 +288,7 @@ class Study:
         self.n_pool, self.n_test = len(pool), len(tests)
         if self.n_test < 2:
             raise InputError("one test structure gives no interval: give several (--test)")
-        self.groups = materials(tests).tolist()
+        self.groups = independent(tests).tolist()
         self.n_materials = len(set(self.groups))
         if self.n_materials == 1:  # its frames are what other tests would draw from
             self.groups = list(range(self.n_test))
@@ -358,6 +363,15 @@ class Study:
         self.said_of_base = f"pre-trained on {many} structures, anew for each seed"
         if not quiet:
             console.print(f"Pre-training on {many} structures; {self.leaks}")
+
+    def units(self) -> dict[str, str]:
+        """Of the quantities that will be judged, as far as labels say; the most important first."""
+        known = {"energy": ("energy_per_atom", "eV/atom"), "forces": ("forces", "eV/Å"), "stress": ("stress", "eV/Å^3")}
+        entries = labelled_for(self.objective, self.test_atoms, *self.named).labels.entries
+        found = dict(known.get(e.quantity, (e.quantity, e.unit or "")) for e in entries if e.quantity in self.wanted)
+        if isinstance(self.objective, Property) and self.objective.task == "classification":
+            found = dict.fromkeys(found, "wrong")
+        return {name: found[name] for name in in_order(found, self.wanted)}
 
     # ------------------------------------------------------------------------------------------------------- cells
 
@@ -675,6 +689,24 @@ def _by(key: str, structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequenc
         raise InputError(f"'{key}' names no test structures")
     rest = np.union1d(found.train, found.valid)
     return Subset(structures, rest), Subset(structures, found.test)
+
+
+def _without_network(result: Mapping[str, Any], arm: str) -> str:
+    """A sentence where something without a network is better than the arm of the verdict, at the largest size."""
+    most = max(result["sizes"])
+    laws = {row["arm"] for row in result["baselines"]}
+    for quantity in dict.fromkeys(row["quantity"] for row in result["baselines"]):
+        found: dict[str, list[float]] = {}
+        for row in (*result["errors"], *result["baselines"]):
+            if row["quantity"] == quantity and row["n_train"] == most:
+                found.setdefault(name_of((row["arm"], row.get("n_pretraining"))), []).append(row["mae"])
+        means = {name: float(np.mean(errors)) for name, errors in found.items()}
+        law = min(laws & means.keys(), key=means.__getitem__, default=None)
+        if arm in means and law is not None and means[law] < means[arm]:
+            unit, factor = PRINTED.get(result["units"][quantity], (result["units"][quantity], 1.0))
+            numbers = f"{factor * means[law]:.3g} instead of {factor * means[arm]:.3g} {unit}".rstrip()
+            return f" Without a network, the {law} does better at {most} labels ({numbers})."
+    return ""
 
 
 def _said_most(points: Sequence[Mapping[str, Any]], name: str) -> str:

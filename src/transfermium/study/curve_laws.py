@@ -47,7 +47,8 @@ def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
         printed, scale = PRINTED.get(own, ("", 1.0))
         if unit == printed:
             return Goal(name, value / scale)
-    raise InputError(f"the target error '{text}' has the unit {unit}, but errors here are in {_listed(units)}")
+    declare = "" if all(units.values()) else "; --unit NAME=UNIT declares that of a label"
+    raise InputError(f"the target error '{text}' has the unit {unit}, but errors here are in {_listed(units)}{declare}")
 
 
 def number_of(text: str | float) -> tuple[float, str]:
@@ -186,7 +187,7 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
         return said
     needed = transfer.inverse(goal.error)
     if needed.value == math.inf and needed.most <= labels:
-        return f"{said} Whether {labels} labels are enough is not told beyond {short(needed.most)}: add larger sizes."
+        return f"{said} The curve ends at {short(needed.most)} labels above that error: measure more, up to {labels}."
     if needed.value == math.inf:
         return f"{said} With {labels} labels at hand, more than {short(needed.most - labels)} are missing."
     if needed.high <= labels:

@@ -280,7 +280,8 @@ def _show_method(page: Page, result: Result) -> None:
 
 CHOSEN = {
     None: "",
-    "validation errors": "The arm of the verdict has the smallest validation errors.",
+    "validation errors": "Of the arms that train a base further, the verdict is about the one with the smallest "
+    "validation errors.",
     "its place among the arms": "Nothing chose between the arms on validation labels: the verdict is about the first "
     "one that was named.",
 }
