@@ -479,13 +479,7 @@ def _bakeoff_parser(backbone: Arguments | None = None) -> Parser:
         "--sizes", nargs="+", type=int, default=None, help="numbers of labels; all up to 500 by default"
     )
     parser.add_argument("--seeds", type=int, default=3, help="of weights and labels")
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 5e-4], help="learning rates that arms try")
-    parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
-    parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
-    parser.add_argument("--workers", type=int, default=None, help="cells at once")
-    _label_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="only say what the study would take")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    _study_arguments(parser)
     return parser
 
 
@@ -519,20 +513,25 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument("--tuning", type=str, default="30s", help="of each fine-tuning, likewise")
     help = "or the time of the whole study, such as 30min; the worse half of the arms is dropped after each seed"
     parser.add_argument("--budget", type=str, default=None, help=help)
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 5e-4], help="learning rates that arms try")
-    parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
     parser.add_argument("--target", type=str, default=None, help="an error to reach, such as 43meV/atom")
     help = "hours, or a time such as 90min, of one calculation"
     parser.add_argument("--cost-per-label", type=str, default=None, help=help)
     parser.add_argument("--margin", type=float, default=0.1, help="of exponents, below which slopes are equal")
+    _label_arguments(parser, "base-")
+    parser.add_argument("--viewer", action="store_true", help="test structures beside the parity plot, in the report")
+    _study_arguments(parser)
+    return parser
+
+
+def _study_arguments(parser: Parser) -> None:
+    """What all studies take."""
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 5e-4], help="learning rates that arms try")
+    parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
     parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
     parser.add_argument("--workers", type=int, default=None, help="cells at once")
     _label_arguments(parser)
-    _label_arguments(parser, "base-")
-    parser.add_argument("--viewer", action="store_true", help="test structures beside the parity plot, in the report")
     parser.add_argument("--dry-run", action="store_true", help="only say what the study would take")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser
 
 
 def _md_parser() -> Parser:

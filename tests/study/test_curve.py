@@ -192,6 +192,16 @@ def test_a_target_error_in_a_unit_that_is_not_here_is_said_at_once(tmp_path):
         small(tmp_path, target="5kcal/mol", dry_run=True)
 
 
+def test_elements_that_only_tests_have_are_told(tmp_path, capsys):
+    tests = alloys(4, seed=11)
+    small(tmp_path, test=tests, sizes=[5], seeds=1, dry_run=True, quiet=False)
+    assert "No label has" not in capsys.readouterr().err
+    for atoms in tests:
+        atoms.numbers[0] = 47
+    small(tmp_path, test=tests, sizes=[5], seeds=1, dry_run=True, quiet=False)
+    assert "No label has Ag, but test structures do" in " ".join(capsys.readouterr().err.split())
+
+
 def test_frames_of_one_composition_are_one_material():
     frames = [atoms for atoms in alloys(40, seed=5) if set(atoms.symbols) == {"Au"}]
     assert len(frames) > 1 and len(set(independent(frames))) == 1

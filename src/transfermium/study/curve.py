@@ -34,11 +34,12 @@ from ..run import fingerprint, write_json
 from ..train import parse_time
 from ..transfer import weights_fingerprint
 from .bakeoff_page import finite
-from .baselines import baselines, compositions_of
+from .baselines import baselines, compositions_of, unlabelled
 from .cells import Cell, cores, run
 from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
 from .judged import labelled_for, tested
+from .laws import short
 from .plan import Target, divided, packed
 from .points import (
     CHEAP,
@@ -181,6 +182,7 @@ def curve(
         "test structures": study.n_test,
         "test materials": study.n_materials,
         "labels at hand": study.n_pool,
+        "elements without labels": study.new_elements,
         "leaks": study.leaks,
         "left out of the labels": study.left_out,
         "base": study.said_of_base,
@@ -297,6 +299,12 @@ class Study:
         self.pool_atoms, self.test_atoms = pool, tests
         self.known = {} if cheap is None else self._cheap_labels()
         in_tests = compositions_of(tests).any(axis=0)
+        self.new_elements = unlabelled(compositions_of(pool), compositions_of(tests))
+        if self.new_elements and not quiet:
+            console.print(
+                f"[yellow]No label has {', '.join(self.new_elements)}, but test structures do: energies there rest on "
+                "a guessed reference (choose other test structures with --test or --split-key)[/yellow]"
+            )
         self.varied = not compositions_of(pool)[:, in_tests].all()  # a few labels may lack an element of the tests
         self.pool, self.test = packed(out, "pool", pool), packed(out, "test", tests)
 
@@ -704,7 +712,7 @@ def _without_network(result: Mapping[str, Any], arm: str) -> str:
         law = min(laws & means.keys(), key=means.__getitem__, default=None)
         if arm in means and law is not None and means[law] < means[arm]:
             unit, factor = PRINTED.get(result["units"][quantity], (result["units"][quantity], 1.0))
-            numbers = f"{factor * means[law]:.3g} instead of {factor * means[arm]:.3g} {unit}".rstrip()
+            numbers = f"{short(factor * means[law])} instead of {short(factor * means[arm])} {unit}".rstrip()
             return f" Without a network, the {law} does better at {most} labels ({numbers})."
     return ""
 

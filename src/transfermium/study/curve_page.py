@@ -313,6 +313,8 @@ def _tests(result: Result) -> list[str]:
         said = [f"{n} structures of one material test; intervals take them as independent, and hold no other material."]
     if result["leaks"]:
         said.append(f"Of what there was to pre-train on, {result['leaks']}.")
+    if new := result["elements without labels"]:
+        said.append(f"No label has {', '.join(new)}, which test structures have: energies there rest on a guess.")
     if result["left out of the labels"]:
         said.append(f"Of the labels, {result['left out of the labels']}.")
     if lacking := result["not judged"]:
