@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
@@ -343,6 +344,28 @@ def test_structures_that_test_are_taken_out_of_the_base(tmp_path):
     result = small(tmp_path, base_data=[*alloys(12, seed=7), *tests], test=tests, sizes=[5], seeds=1)
     assert result["leaks"].startswith("4 of 16")
     assert "One size makes no curve" in result["verdict"]
+
+
+def test_frames_of_one_system_are_compared_frame_by_frame(tmp_path):
+    """They are one material, and only those that repeat a test frame are left out, of labels and of the base."""
+
+    def copper(n, seed):
+        frames = [bulk("Cu", cubic=True) * (2, 2, 1) for _ in range(n)]
+        for i, atoms in enumerate(frames):
+            atoms.rattle(0.05, seed=100 * seed + i)
+            atoms.info["gap"] = 1.0
+            atoms.calc = SinglePointCalculator(atoms, energy=float(i), forces=np.zeros((len(atoms), 3)))
+        return frames
+
+    frames, tests = copper(12, 1), copper(4, 2)
+    given = {**SMALL, "base_data": [*copper(9, 3), *tests], "test": tests, "sizes": [5], "seeds": 1}
+    with ThreadPoolExecutor(1) as pool:
+        result = curve([*frames, tests[0]], tm.Potential(stress=0.0), tmp_path, executor=pool, **given)
+    assert result["labels at hand"] == 12
+    assert result["left out of the labels"].startswith("train and test are frames of one system, 1 of 13")
+    assert result["leaks"].startswith("4 of 13")
+    with pytest.raises(InputError, match="0 labelled structures to train on"):
+        curve(frames, tm.Property("gap"), tmp_path / "other", **given)
 
 
 def test_a_base_that_exists(tmp_path):

@@ -19,6 +19,7 @@ from .sequences import Subset, original
 from .split import IDS, formulas
 
 TOLERANCE = 0.05  # fcc and hcp differ by 0.059
+FRAMES = 0.005  # two frames of a liquid differ by 0.015, neighbours in one trajectory by 0.002
 AROUND = 12  # nearest neighbours whose mean distance is the unit of length
 RANGE = 2.0  # of neighbours that are compared, in this unit
 NEAREST = 24  # neighbours that are compared, of each element around each element; with fewer fcc is hcp
@@ -104,6 +105,16 @@ def without(
     found = leaks(structures, held_out, tolerance=tolerance, quiet=quiet)
     kept = np.setdiff1d(np.arange(len(structures)), [leak.index for leak in found])
     return Subset(structures, kept), found
+
+
+def tolerance_for(structures: Sequence[Atoms], held_out: Sequence[Atoms]) -> float:
+    """`TOLERANCE`; or `FRAMES` where both are frames of one system, which are all alike: nothing would be left.
+
+    They are where all have the same reduced composition, and most of `structures` leak into `held_out`.
+    """
+    if len(np.unique(np.concatenate([formulas(structures), formulas(held_out)]))) > 1:
+        return TOLERANCE
+    return FRAMES if 2 * len(leaks(structures, held_out, quiet=True)) > len(structures) else TOLERANCE
 
 
 def summary(found: Sequence[Leak], total: int) -> str:

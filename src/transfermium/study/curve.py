@@ -286,7 +286,7 @@ class Study:
         if split_key is not None:
             structures, test = _by(split_key, read(structures))
         structures, test = _bonded(structures), None if test is None else _bonded(test)
-        pool, tests, self.left_out = divided("target", Target(structures, objective, test, *self.named))
+        pool, tests, self.left_out, self.tolerance = divided("target", Target(structures, objective, test, *self.named))
         self.n_pool, self.n_test = len(pool), len(tests)
         if self.n_test < 2:
             raise InputError("one test structure gives no interval: give several (--test)")
@@ -354,7 +354,7 @@ class Study:
                 raise InputError(f"structures to pre-train on: {error}") from None
             if not labels.entries:
                 raise InputError(f"no structure to pre-train on has any of {', '.join(wanted)}: name their keys")
-        kept, found = without(data, tests, quiet=quiet)
+        kept, found = without(data, tests, tolerance=self.tolerance, quiet=quiet)
         self.leaks = leaked(found, len(data))
         if not len(kept):
             raise InputError("every structure to pre-train on is also in the test set: there is nothing to learn from")
@@ -473,7 +473,8 @@ class Study:
         return points
 
     def _done(self, cells: Iterable[Cell], fan_out: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
-        return dict(run(cells, self.out, **fan_out))
+        """Points of all cells, each with the name of its folder."""
+        return {cell: {**found, "cell": cell.name} for cell, found in run(cells, self.out, **fan_out)}
 
     def _rate(self, tried: Sequence[Mapping[str, Any]]) -> float:
         losses = [math.inf if p.get("validation loss") is None else p["validation loss"] for p in tried]
@@ -532,7 +533,7 @@ class Study:
         own, tested = compositions_of(self.pool_atoms), compositions_of(self.test_atoms)
         per = tested.sum(axis=1) if name == "energy" else 1
         base = [] if self.cheap else [self._said(seed) for seed in range(self.seeds)]
-        said = self._done(base, fan_out)
+        said = dict(run(base, self.out, **fan_out))
         found = []
         for seed, n in product(range(self.seeds), self.sizes):
             members = nested(np.arange(len(labels)), [n], seed=seed)[0]
@@ -725,7 +726,10 @@ def _said_most(points: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def _rows(point: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """One row of each quantity, without the errors of each structure."""
-    kept = ("arm", "n_train", "n_pretraining", "seed", "lr", "steps", "train_seconds", "pretrain_seconds", "forgetting")
+    kept = (
+        "arm", "n_train", "n_pretraining", "seed", "lr", "steps", "train_seconds", "pretrain_seconds", "forgetting",
+        "cell",
+    )  # fmt: skip
     for quantity, errors in (point["errors"] or {}).items():
         yield {
             **{name: point[name] for name in kept if name in point},

@@ -316,7 +316,7 @@ def _tests(result: Result) -> list[str]:
     if new := result["elements without labels"]:
         said.append(f"No label has {', '.join(new)}, which test structures have: energies there rest on a guess.")
     if result["left out of the labels"]:
-        said.append(f"Of the labels, {result['left out of the labels']}.")
+        said.append(f"Labels: {result['left out of the labels']}.")
     if lacking := result["not judged"]:
         said.append(f"There are no errors of {', '.join(lacking)}: not all test structures have such a label.")
     if result["dropped"]:

@@ -13,7 +13,7 @@ from ..backbones import Backbone
 from ..console import console
 from ..data import pack, read, resolve, split
 from ..data.labels import KEYS
-from ..data.leakage import summary, without
+from ..data.leakage import FRAMES, TOLERANCE, Leak, summary, tolerance_for, without
 from ..data.read import Source
 from ..data.sequences import Joined, Subset
 from ..data.split import materials
@@ -57,6 +57,15 @@ class Arm(NamedTuple):
     structures: Source
 
 
+class Divided(NamedTuple):
+    """Labelled structures of a target to fine-tune on, and those to test on."""
+
+    pool: Sequence[Atoms]
+    test: Sequence[Atoms]
+    left_out: str  # what was, of the first, for being in the second too
+    tolerance: float  # within which structures are the same
+
+
 class Plan:
     """The data of a study, packed into its folder, and the cells that work on it."""
 
@@ -78,14 +87,14 @@ class Plan:
         self.tests: dict[str, str] = {}
         self.sizes: dict[str, list[int]] = {}
         self.ids: dict[str, str] = {}
-        tests: list[Sequence[Atoms]] = []
+        tests: list[Divided] = []
         for name, target in targets.items():
             if isinstance(target.objective, Potential) and len(levels) > 1:
                 raise InputError(
                     f"the target {name} has energies, and {', '.join(levels)} each have their own: choose one level"
                 )
-            pool, test, _ = divided(name, target)
-            tests.append(test)
+            tests.append(divided(name, target))
+            pool, test = tests[-1].pool, tests[-1].test
             self.pools[name], self.tests[name] = packed(out, f"{name}-pool", pool), packed(out, f"{name}-test", test)
             self.ids[name] = fingerprint(test)
             self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
@@ -93,8 +102,7 @@ class Plan:
                 raise InputError(
                     f"{name} has {len(pool)} structures to train on, not {self.sizes[name][-1]}: ask for fewer"
                 )
-        held_out = [atoms for test in tests for atoms in test]
-        sides = {name: without(level, held_out, quiet=quiet) for name, level in levels.items()}
+        sides = {name: _untested(level, tests, quiet) for name, level in levels.items()}
         self.leaks = summary([leak for _, found in sides.values() for leak in found], sum(map(len, levels.values())))
         near = []
         self.levels: dict[str, str] = {}
@@ -108,7 +116,7 @@ class Plan:
         relaxed = Joined(near) if len(near) > 1 else near[0]
         self.relaxed = packed(out, "relaxed", relaxed)
         self.own_counts: dict[str, str] = {}
-        self.own = {name: self._own(name, arm, held_out, quiet) for name, arm in own.items()}
+        self.own = {name: self._own(name, arm, tests, quiet) for name, arm in own.items()}
         self.counts = {"structures": sum(len(kept) for kept, _ in sides.values()), "relaxed": len(relaxed)}
         if not quiet:
             for text in Denoise().warnings(
@@ -120,10 +128,10 @@ class Plan:
                 f"Pre-training on {counts['structures']} structures, {counts['relaxed']} for noise; {self.leaks}"
             )
 
-    def _own(self, name: str, arm: Arm, held_out: Sequence[Atoms], quiet: bool) -> str:
+    def _own(self, name: str, arm: Arm, tests: Sequence[Divided], quiet: bool) -> str:
         """Structures of one arm alone, all that match no test structure."""
         everything = read(arm.structures)
-        kept, found = without(everything, held_out, quiet=quiet)
+        kept, found = _untested(everything, tests, quiet)
         self.own_counts[name] = f"{len(kept)} structures of its own; {summary(found, len(everything))}"
         if not quiet:
             console.print(f"{name}: {self.own_counts[name]}")
@@ -214,9 +222,9 @@ class Plan:
         return Cell(key, tuned, arguments, needs)
 
 
-def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms], str]:
-    """Structures to fine-tune on and to test on, all with the label that is judged, and none on both sides; and what
-    was left out for that."""
+def divided(name: str, target: Target) -> Divided:
+    """Those of a target that have the label that is judged, none on both sides: no material, or of potentials of a
+    single system no frame."""
     if isinstance(target.objective, Parts):
         raise InputError(f"the target {name} is {target.objective!r}, but only one objective can be judged")
     everything = _labelled(name, read(target.structures), target)
@@ -225,8 +233,11 @@ def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]
     else:
         parts = split(everything, 0.2, seed=0)
         pool, test = Subset(everything, parts.train), Subset(everything, parts.valid)
-    pool, found = without(pool, test, quiet=True)
+    tolerance = tolerance_for(pool, test) if isinstance(target.objective, Potential) else TOLERANCE
+    pool, found = without(pool, test, tolerance=tolerance, quiet=True)
     said = f"{summary(found, len(pool) + len(found))} into its test set; they are left out" if found else ""
+    if tolerance == FRAMES:
+        said = f"train and test are frames of one system, {said or 'and none is in both'}"
     if said:
         console.print(f"{name}: {said}")
     if len(pool) < 5 or not len(test):
@@ -234,7 +245,17 @@ def divided(name: str, target: Target) -> tuple[Sequence[Atoms], Sequence[Atoms]
         raise InputError(
             f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few{left}"
         )
-    return pool, test, said
+    return Divided(pool, test, said, tolerance)
+
+
+def _untested(structures: Sequence[Atoms], tests: Sequence[Divided], quiet: bool) -> tuple[Sequence[Atoms], list[Leak]]:
+    """Those that no target is tested on, and the others."""
+    kept, found = structures, []
+    for tolerance in sorted({test.tolerance for test in tests}):
+        held_out = [atoms for test in tests if test.tolerance == tolerance for atoms in test.test]
+        kept, leaking = without(kept, held_out, tolerance=tolerance, quiet=quiet)
+        found += leaking
+    return kept, found
 
 
 def packed(out: Path, name: str, structures: Sequence[Atoms]) -> str:
