@@ -122,7 +122,8 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         print(f"\n{name}, {backbone}: {arm}", flush=True)
         steps = STEPS // 2 if arm == "mask_denoise" else STEPS  # a step of it learns from both
         result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
-        keep(args, name, backbone, arm, {"sigma": sigma} if "denoise" in arm else {}, result)
+        said = {"sigma": sigma} if "denoise" in arm else {"floor": objective.floor(source)}
+        keep(args, name, backbone, arm, said, result)
         write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}.json", result)
     result = do(objectives(conservative, sigma)["mask"], middle, args.seeds, ["scratch", "scratch_long"])
     keep(args, name, backbone, "scratch_long", {}, result)
@@ -143,8 +144,8 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
         run[f"{row['quantity'].removesuffix('_per_atom')}_mae"] = row["mae"]
     for (_, n, seed), run in runs.items():
         goal = _best(cells / runs["scratch", n, seed]["cell"])[1]
-        history, best = _best(cells / run.pop("cell") if run["arm"] != "scratch" else cells / run["cell"])
-        run["validation_loss"] = best
+        history, best = _best(cells / run["cell"])
+        run |= {"validation_loss": best, **_before(cells, run["cell"])}
         run["steps_to_error"] = next((step for step, loss in history if loss <= goal), None)
     for run in runs.values():
         run.pop("cell", None)
@@ -159,6 +160,16 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
     rows = [row for row in rows if tuple(row[k] for k in identity) not in new] + list(runs.values())
     rows.sort(key=lambda row: [str(row[k]) if k != "n_train" else f"{row[k]:6}" for k in identity])
     path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+
+
+def _before(cells: Path, cell: str) -> dict[str, float]:
+    """The validation loss at the end of the pre-training that a cell began from."""
+    needs = json.loads((cells / cell / "cell.json").read_text())["needs"]
+    if "base" not in needs:
+        return {}
+    return {
+        "pretrain_loss": json.loads((cells / needs["base"] / "result.json").read_text())["result"]["validation loss"]
+    }
 
 
 def _best(cell: Path) -> tuple[list[tuple[int, float]], float]:
