@@ -299,7 +299,8 @@ class Study:
         self.pool_atoms, self.test_atoms = pool, tests
         self.known = {} if cheap is None else self._cheap_labels()
         in_tests = compositions_of(tests).any(axis=0)
-        self.new_elements = unlabelled(compositions_of(pool), compositions_of(tests))
+        summed = scalar_of(objective)[1] == "extensive"  # over atoms, with a reference for each element
+        self.new_elements = unlabelled(compositions_of(pool), compositions_of(tests)) if summed else []
         if self.new_elements and not quiet:
             console.print(
                 f"[yellow]No label has {', '.join(self.new_elements)}, but test structures do: energies there rest on "
