@@ -34,8 +34,8 @@ def read_file(path: Path) -> list[Atoms]:
 def stream_file(path: Path) -> Iterator[Atoms]:
     """Yield the structures of a file: extended XYZ, databases, JSON, public sets, outputs, or whatever `ase.io` knows.
 
-    Extended XYZ, databases, public sets and trajectories are read as they are yielded, also when compressed; other
-    formats at once.
+    Extended XYZ, databases, public sets, files of RuNNer and trajectories are read as they are yielded, also when
+    compressed; other formats at once.
 
     Empty, truncated or unparsable files and structures that make no sense (no atoms, no element, positions
     that are not finite, a periodic cell without volume) raise an `InputError` naming file and structure.
@@ -106,7 +106,7 @@ def _parse(path: Path) -> Iterator[Atoms]:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
 
-    from . import calculations
+    from . import calculations, runner
 
     name = plain_name(path)
     suffix = Path(name).suffix.lower()
@@ -116,6 +116,8 @@ def _parse(path: Path) -> Iterator[Atoms]:
         yield from _json_structures(path)
     elif kind := calculations.kind_of(path):
         yield from calculations.stream(path.parent, [calculations.Calculation(path, kind, path.name)])
+    elif runner.is_runner(path):
+        yield from runner.stream_runner(path)
     elif path.suffix.lower() in COMPRESSIONS:
         with tempfile.TemporaryDirectory() as folder:  # databases and trajectories need a real file
             plain = Path(folder) / name

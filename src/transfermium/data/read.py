@@ -14,6 +14,7 @@ from ase import Atoms
 from ..errors import InputError
 from . import calculations
 from .formats import check, plain_name, read_file, stream_file
+from .runner import is_runner
 from .sequences import Joined
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,10 @@ def read(*sources: Source, csv: str | Path | None = None) -> Sequence[Atoms]:
     """Read structures from any number of sources and put them one after the other.
 
     A source is a file (extended XYZ, ASE database, JSON of pymatgen structures, MatBench table, one of the public sets
-    in `data.public`, an output of VASP, Quantum ESPRESSO, CP2K or GPAW, or anything that `ase.io.read` knows; also
-    compressed by gzip, xz or bzip2), a folder of such files, a folder of single structures with a table of values (a
-    CSV file in it, or `csv`), a folder tree of calculations, a packed set, structures in memory, or a list of sources.
+    in `data.public`, `input.data` of RuNNer or n2p2, an output of VASP, Quantum ESPRESSO, CP2K or GPAW, or anything
+    that `ase.io.read` knows; also compressed by gzip, xz or bzip2), a folder of such files, a folder of single
+    structures with a table of values (a CSV file in it, or `csv`), a folder tree of calculations, a packed set,
+    structures in memory, or a list of sources.
 
     Columns of the table become `atoms.info`: numbers as float, an empty cell as no entry. A packed set stays on disk.
 
@@ -53,8 +55,8 @@ def stream(*sources: Source, csv: str | Path | None = None) -> Iterator[Atoms]:
     """The structures that `read` would give, one by one, so that files may be larger than memory.
 
     A source that is missing is an error at once, one that cannot be used when its turn comes. Extended XYZ, ASE
-    databases, public sets and trajectories, also compressed, packed sets and folders of files are read as they are
-    needed; other formats one file at a time.
+    databases, public sets, files of RuNNer and trajectories, also compressed, packed sets and folders of files are
+    read as they are needed; other formats one file at a time.
 
     Raises:
         InputError: naming the file, the structure and the cause.
@@ -175,14 +177,20 @@ def _outputs(folder: Path, files: list[Path], has_table: bool) -> list[calculati
     """
     structures = [file for file in files if _is_structure(file)]
     single = [file for file in structures if not VASP.match(file.name)]
-    if (has_table and single) or any(Path(plain_name(file)).suffix.lower() in SETS for file in structures):
+    if (has_table and single) or any(_is_set(file) for file in structures):
         return []
     beside = not structures or calculations.find(folder, deep=False)
     return calculations.find(folder) if beside else []
 
 
+def _is_set(file: Path) -> bool:
+    suffix = Path(plain_name(file)).suffix.lower()
+    return suffix in SETS or (suffix == ".data" and is_runner(file))  # LAMMPS has the same ending
+
+
 def _is_structure(file: Path) -> bool:
-    return Path(plain_name(file)).suffix.lower() in ENDINGS or VASP.match(file.name) is not None
+    suffix = Path(plain_name(file)).suffix.lower()
+    return suffix in ENDINGS or VASP.match(file.name) is not None or _is_set(file)
 
 
 def _is_json(file: Path) -> bool:
