@@ -16,7 +16,7 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
     {"backbones"},
     {"heads"},
     {"model", "objectives"},
-    {"data", "distributed", "run", "crystals"},
+    {"data", "distributed", "run", "crystals", "waters"},
     {"train", "rehearsal", "dataset", "lora"},
     {
         "transfer",

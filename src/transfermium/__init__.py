@@ -27,6 +27,7 @@ from .relax import relax
 from .simulate import md
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
+from .waters import water
 
 __all__ = [
     "CGAT",
@@ -77,4 +78,5 @@ __all__ = [
     "read",
     "relax",
     "train",
+    "water",
 ]
