@@ -148,7 +148,6 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
         run |= {"validation_loss": best, **_before(cells, run["cell"])}
         run["steps_to_error"] = next((step for step, loss in history if loss <= goal), None)
     for run in runs.values():
-        run.pop("cell", None)
         run |= {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "torch": torch.__version__,
             "transfermium": tm.__version__, "date": datetime.date.today().isoformat(),
