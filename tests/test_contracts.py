@@ -54,6 +54,8 @@ OBJECTIVES = [
     tm.MaskAtoms(),
     tm.MaskAtoms(1.0, "leaf", flag=False, length=0.5, conservative=False),
     tm.MaskElements(),
+    tm.MaskPositions(),
+    tm.MaskPositions(0.5, "leaf", radius=2.5, rings=1, resolution=0.2, flag=False),
     tm.Together({"first": tm.Potential(), "second": tm.Potential(forces=0.0)}),
     tm.Together({"gap": tm.Property("gap"), "way": tm.Denoise(told_forces=True)}, weights={"way": 0.5}),
     tm.Fidelities(tm.Potential(), ["pbe", "scan"]),

@@ -21,7 +21,17 @@ from .heads import (
     VectorHead,
 )
 from .model import Gradient, Model, Strain, load
-from .objectives import Denoise, Fidelities, MaskAtoms, MaskElements, Objective, Potential, Property, Together
+from .objectives import (
+    Denoise,
+    Fidelities,
+    MaskAtoms,
+    MaskElements,
+    MaskPositions,
+    Objective,
+    Potential,
+    Property,
+    Together,
+)
 from .probe import ProbeHead
 from .relax import relax
 from .simulate import md
@@ -51,6 +61,7 @@ __all__ = [
     "InputError",
     "MaskAtoms",
     "MaskElements",
+    "MaskPositions",
     "Model",
     "Objective",
     "PackedSet",

@@ -16,6 +16,8 @@ from .errors import InputError
 from .graph import AtomGraph, Sample, is_isolated_atom
 from .nn import LAST_ELEMENT, mlp, weighted_mean
 
+MISSING = "missing"  # input of AskedHead
+
 
 class Head(nn.Module):
     """`(features, graph)` to a tensor in physical units.
@@ -425,6 +427,30 @@ class LevelHead(Head):
         known = [k for k, level in enumerate(self.levels) if self.of_level(level, [sample])]
         references = self.references[known].sum(dim=0).numpy(force=True)[sample.atoms.numbers].sum()
         return sample._replace(targets={**sample.targets, name: sample.targets[name] - references})
+
+
+class AskedHead(Head):
+    """A head per atom, for atoms near which another one is missing, and that are told its element.
+
+    That element is an input of the graph, its atomic number; zero where nothing is asked, as where a graph has none.
+
+    Args:
+        head: what sees an atom's scalars plus an embedding of that element.
+    """
+
+    per_atom = True
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.head = copy.deepcopy(head)
+        self.needs = head.needs
+        self.width: int = head.width  # type: ignore[assignment]
+        self.element = nn.Embedding(LAST_ELEMENT + 1, self.width)  # row 0 is of atoms that are not asked
+
+    def forward(self, features: Features, graph: AtomGraph) -> Tensor:
+        given = graph.inputs.get(MISSING)
+        missing = torch.zeros_like(graph.atomic_numbers) if given is None else given.squeeze(1).long()
+        return self.head(features._replace(scalars=features.scalars + self.element(missing)), graph)
 
 
 def level_input(level: str) -> str:

@@ -4,6 +4,7 @@ from .base import Objective, Quantity
 from .denoise import Denoise
 from .fidelity import Fidelities
 from .mask import MaskAtoms, MaskElements
+from .positions import MaskPositions
 from .potential import Potential
 from .property import Property
 from .together import Together
@@ -13,6 +14,7 @@ __all__ = [
     "Fidelities",
     "MaskAtoms",
     "MaskElements",
+    "MaskPositions",
     "Objective",
     "Potential",
     "Property",
