@@ -294,6 +294,12 @@ class TestFloor:
         assert f"A loss of {floors[0]:.3f} needs no directions, and one of {floors[1]:.3f} only that to the" in said
         assert "1 of 4 structures have nothing to mask and teach nothing (1: there is no H)" in said
 
+    def test_is_beside_the_loss_of_an_evaluation(self):
+        structures = [waters(8, seed) for seed in range(3)]
+        model = tm.pretrain(structures, tm.MaskPositions(), painn(), steps=1, valid_fraction=0, **QUICK)
+        position = tm.evaluate(model, structures, verbose=False)["position"]
+        assert position["floor"] == pytest.approx(tm.MaskPositions().floor(structures))
+
     def test_there_is_none_where_nothing_is_masked(self):
         assert np.isnan(tm.MaskPositions().floor([bulk("Cu")]))
 
