@@ -20,6 +20,7 @@ from transfermium.model import load
 from transfermium.report import need_viewer
 from transfermium.study.curve import Study, bound_of, chosen_sizes, curve, validation_error
 from transfermium.study.curve_laws import Curves, goal_of, summary
+from transfermium.study.curve_page import worths
 from transfermium.study.judged import absolute
 from transfermium.study.points import valid_fraction
 
@@ -286,6 +287,14 @@ def small(out, **changes):
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("curve")
     return out, small(out, target="100meV/Å", cost_per_label="30min", base_sizes=[10, 25])
+
+
+def test_arms_of_which_nothing_is_known_are_named_once():
+    said = {"full": ["3.1 (2 to 4)", "more than 4 (without bounds)"], "head": ["2 (without bounds)"] * 2}
+    factors = {arm: [{"n_train": 10 * k, "said": one} for k, one in enumerate(row, 1)] for arm, row in said.items()}
+    assert worths({"factors": {"gap": factors}}, "gap", "said") == [
+        {"labels": "10", "full": "3.1 (2 to 4)"}, {"labels": "20", "full": "more than 4 (without bounds)"},
+    ]  # fmt: skip
 
 
 class TestCurve:

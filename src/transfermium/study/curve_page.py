@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..data import Labels
 from ..evaluate import PRINTED, Pairs
 from ..report import Column, Page, label_curves, label_row, parity, parity_columns
+from .laws import UNBOUNDED
 from .points import FEW, LONG, TOGETHER, VALID
 
 Result = Mapping[str, Any]  # of `curve`, as JSON holds it
@@ -54,11 +55,13 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
                 rows(result, quantity, "baselines"),
                 f"Errors of {name} ({unit}) without a network, {result['baselines from']}",
             )
+        open_ended = _open_ended(result, quantity)
+        vague = f" The seeds leave no bounds at any size for {', '.join(open_ended)}." if open_ended else ""
         page.table(
             worths(result, quantity, "said"),
             f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
             "From laws through the curves; the interval holds other seeds and other test materials, and other laws "
-            "that are about as likely. Nothing is said beyond four times the largest size.",
+            f"that are about as likely. Nothing is said beyond four times the largest size.{vague}",
         )
         page.table(worths(result, quantity, "hours saved"), f"Hours of calculations saved, by the errors of {name}")
     if needed := result.get("labels needed"):
@@ -113,14 +116,24 @@ def has_baselines(result: Result, quantity: str) -> bool:
 
 
 def worths(result: Result, quantity: str, what: str) -> list[dict[str, str]]:
-    """A row of each number of labels: what each label is worth with each arm ("said"), or the "hours saved"."""
+    """A row of each number of labels: what each label is worth with each arm ("said"), or the "hours saved".
+
+    Without arms whose intervals have no bounds.
+    """
     table: dict[int, dict[str, str]] = {}
+    vague = _open_ended(result, quantity)
     for arm, found in result["factors"][quantity].items():
-        for row in found:
+        for row in found if arm not in vague else []:
             if what in row:
                 said = row[what] if what == "said" else row[what]["said"]
                 table.setdefault(row["n_train"], {"labels": f"{row['n_train']:,}"})[arm] = said
     return [table[n] for n in sorted(table)]
+
+
+def _open_ended(result: Result, quantity: str) -> list[str]:
+    """Arms of which nothing certain can be said at any size."""
+    found = result["factors"][quantity].items()
+    return [arm for arm, rows in found if rows and all(row["said"].endswith(UNBOUNDED) for row in rows)]
 
 
 def _arms(entries: Sequence[Mapping[str, Any]], quantity: str) -> list[str]:

@@ -31,6 +31,7 @@ GRID = 512  # numbers of labels on which a curve is searched for an error
 RIVAL = 2.0  # difference of AICc below which two laws are about as likely
 RESAMPLES = 1_000
 ROUNDING = 1e-12
+UNBOUNDED = "(without bounds)"  # what is said of an estimate that nothing is known of
 
 Curve = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -54,7 +55,7 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         if self.low == -math.inf and self.high == math.inf:
-            return f"{self._text(self.value)} (without bounds)"
+            return f"{self._text(self.value)} {UNBOUNDED}"
         if self.low == math.inf or self.high == -math.inf:
             return self._text(self.value)
         return f"{self._text(self.value)} ({self._text(self.low)} to {self._text(self.high)})"
