@@ -40,7 +40,7 @@ def crystals(data: Path, do: Callable[..., Any]) -> None:
 
 
 def water(data: Path, do: Callable[..., Any]) -> None:
-    """Salt water, revPBE0-D3 to r2SCAN, energies and forces; at two sizes also from scratch for as long as both."""
+    """Salt water, revPBE0-D3 to r2SCAN, energies and forces; of some arms also against scratch for as long as both."""
     shared = {
         "base_data": data / "nacl_water/revPBE0-D3.extxyz.xz", "backbone": tm.PaiNN(32, 2), "pretraining": "240s",
         "tuning": "20s", "edges": 10_000, "target": "85meV/Å", "folder": "water",
@@ -48,7 +48,8 @@ def water(data: Path, do: Callable[..., Any]) -> None:
     labels, objective = data / "nacl_water/r2SCAN.extxyz.xz", tm.Potential(stress=0.0)
     usual = ["scratch", "aligned", "head", "full", "replay"]
     do("water", labels, objective, sizes=[5, 10, 20, 40, 80, 160], arms=usual, **shared)
-    do("water-long", labels, objective, sizes=[20, 160], arms=["scratch", "scratch_long", "replay"], **shared)
+    longer = ["scratch", "scratch_long", "full", "replay"]
+    do("water-long", labels, objective, sizes=[10, 20, 40, 80, 160], arms=longer, **shared)
 
 
 def molecules(data: Path, do: Callable[..., Any]) -> None:

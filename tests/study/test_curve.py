@@ -289,6 +289,35 @@ def study(tmp_path_factory):
     return out, small(out, target="100meV/Å", cost_per_label="30min", base_sizes=[10, 25])
 
 
+class TestEqualCompute:
+    """Scratch for as long as both stages is a rival of its own, where it was asked for."""
+
+    def summary(self, longer):
+        all_points = points("scratch", scratch, SIZES) + points("full", worth_four, SIZES)
+        all_points += points("scratch_long", longer, SIZES)
+        return summary(Curves(all_points), chosen=("full", None), labels=160)
+
+    def test_what_a_label_is_worth_is_smaller_against_it(self):
+        result = self.summary(lambda n: scratch(2 * n))
+        found = result["equal compute"]["gap"]
+        assert list(found) == ["full"]  # neither scratch nor itself
+        assert found["full"]["ratio"][0] == pytest.approx(2**-0.4, rel=0.05)
+        assert [row["value"] for row in found["full"]["factors"]] == pytest.approx([2] * 5, rel=0.15)
+        assert [row["value"] for row in result["factors"]["gap"]["full"]] == pytest.approx([4] * 5, rel=0.15)
+
+    def test_the_verdict_says_where_compute_alone_does_as_much(self):
+        said = self.summary(worth_four)["verdict"]
+        assert said.startswith("Gap, full: Pre-training helps")
+        assert "Against scratch for as long as both stages: pre-training does not help here" in said
+
+    def test_there_is_none_without_it(self):
+        result = summary(
+            Curves(points("scratch", scratch, SIZES) + points("full", worth_four, SIZES)),
+            chosen=("full", None), labels=160,
+        )  # fmt: skip
+        assert "equal compute" not in result and "as long as both" not in result["verdict"]
+
+
 def test_arms_of_which_nothing_is_known_are_named_once():
     said = {"full": ["3.1 (2 to 4)", "more than 4 (without bounds)"], "head": ["2 (without bounds)"] * 2}
     factors = {arm: [{"n_train": 10 * k, "said": one} for k, one in enumerate(row, 1)] for arm, row in said.items()}

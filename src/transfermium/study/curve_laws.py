@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import InputError
 from ..evaluate import PRINTED
 from .laws import Estimate, Fit, fit, fits, short, surfaces
-from .points import DELTA, SCRATCH, TOGETHER
+from .points import DELTA, DIRECT, LONG, SCRATCH, TOGETHER
 from .savings import factors, ratio, saved, slopes, verdict
 
 Point = Mapping[str, Any]  # what a cell says of one point
@@ -106,18 +106,18 @@ class Curves:
     def laws(self, arm: Arm, quantity: str) -> list[Fit]:
         return fits(self.sizes(arm), self.errors(arm, quantity), groups=self.groups)
 
-    def pair(self, arm: Arm, quantity: str, form: str | None = None) -> tuple[Fit, Fit]:
+    def pair(self, arm: Arm, quantity: str, form: str | None = None, against: str = SCRATCH) -> tuple[Fit, Fit]:
         """The arm and scratch, at the seeds of both."""
-        scratch: Arm = (SCRATCH, None)
+        scratch: Arm = (against, None)
         both = tuple(seed for seed in self.seeds(arm) if seed in self.seeds(scratch))
         return self.fit(arm, quantity, both, form), self.fit(scratch, quantity, both, form)
 
     def has_curve(self, arm: Arm) -> bool:
         return len(self.sizes(arm)) > 1 and bool(self.seeds(arm))
 
-    def comparable(self, arm: Arm) -> bool:
+    def comparable(self, arm: Arm, against: str = SCRATCH) -> bool:
         """Whether arm and scratch have curves with seeds and sizes in common; some of their runs may have diverged."""
-        scratch: Arm = (SCRATCH, None)
+        scratch: Arm = (against, None)
         seeds = set(self.seeds(arm)) & set(self.seeds(scratch))
         sizes = set(self.sizes(arm)) & set(self.sizes(scratch))
         return bool(seeds and sizes) and self.has_curve(arm) and self.has_curve(scratch)
@@ -148,6 +148,17 @@ def summary(
         result["fits"][quantity] = {name_of(a): [law.record() for law in curves.laws(a, quantity)] for a in drawn}
         result["factors"][quantity] = {name_of(arm): _factors(curves, arm, quantity, cost) for arm in others}
         result["ratios"][quantity] = {name_of(arm): list(ratio(*curves.pair(arm, quantity))) for arm in others}
+    if longer := [arm for arm in others if arm[0] not in DIRECT and curves.comparable(arm, LONG)]:
+        result["equal compute"] = {
+            quantity: {
+                name_of(arm): {
+                    "ratio": list(ratio(*curves.pair(arm, quantity, against=LONG))),
+                    "factors": _factors(curves, arm, quantity, cost, LONG),
+                }
+                for arm in longer
+            }
+            for quantity in curves.quantities
+        }
     if goal is not None:
         result["goal"] = goal._asdict()
         for arm in drawn:
@@ -159,8 +170,10 @@ def summary(
     return result
 
 
-def _factors(curves: Curves, arm: Arm, quantity: str, cost: float | None) -> list[dict[str, Any]]:
-    transfer, scratch = curves.pair(arm, quantity)
+def _factors(
+    curves: Curves, arm: Arm, quantity: str, cost: float | None, against: str = SCRATCH
+) -> list[dict[str, Any]]:
+    transfer, scratch = curves.pair(arm, quantity, against=against)
     rows = []
     for n, factor in zip(curves.sizes(arm), factors(transfer, scratch), strict=True):
         row = {"n_train": n, **recorded(factor)}
@@ -181,8 +194,12 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
     transfer, scratch = curves.pair(chosen, quantity)
     unit = curves.units[quantity]
     target = None if goal is None else goal.error
-    found = verdict(transfer, scratch, target=target, unit=unit, cost=cost, what=DOES.get(chosen[0], "Pre-training"))
+    what = DOES.get(chosen[0], "Pre-training")
+    found = verdict(transfer, scratch, target=target, unit=unit, cost=cost, what=what)
     said = f"{_spoken(quantity)}, {name_of(chosen)}: {found}"
+    if chosen[0] not in DIRECT and curves.comparable(chosen, LONG):
+        fair = verdict(*curves.pair(chosen, quantity, against=LONG), cost=cost, what=what)
+        said += f" Against scratch for as long as both stages: {fair[0].lower()}{fair[1:]}"
     if goal is None:
         return said
     needed = transfer.inverse(goal.error)

@@ -55,14 +55,19 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
                 rows(result, quantity, "baselines"),
                 f"Errors of {name} ({unit}) without a network, {result['baselines from']}",
             )
-        open_ended = _open_ended(result, quantity)
-        vague = f" The seeds leave no bounds at any size for {', '.join(open_ended)}." if open_ended else ""
         page.table(
             worths(result, quantity, "said"),
             f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
             "From laws through the curves; the interval holds other seeds and other test materials, and other laws "
-            f"that are about as likely. Nothing is said beyond four times the largest size.{vague}",
+            "that are about as likely. Nothing is said beyond four times the largest size."
+            f"{_vague(result, quantity, 'factors')}",
         )
+        if "equal compute" in result:
+            page.table(
+                worths(result, quantity, "said", "equal compute"),
+                f"The same at equal compute, against {LONG}: equivalent labels from scratch, by the errors of {name}",
+                f"From scratch for as long as both stages together.{_vague(result, quantity, 'equal compute')}",
+            )
         page.table(worths(result, quantity, "hours saved"), f"Hours of calculations saved, by the errors of {name}")
     if needed := result.get("labels needed"):
         goal = result["goal"]
@@ -115,25 +120,34 @@ def has_baselines(result: Result, quantity: str) -> bool:
     return bool(_arms(result["baselines"], quantity))
 
 
-def worths(result: Result, quantity: str, what: str) -> list[dict[str, str]]:
+def worths(result: Result, quantity: str, what: str, source: str = "factors") -> list[dict[str, str]]:
     """A row of each number of labels: what each label is worth with each arm ("said"), or the "hours saved".
 
-    Without arms whose intervals have no bounds.
+    Against scratch, or at "equal compute"; without arms whose intervals have no bounds.
     """
     table: dict[int, dict[str, str]] = {}
-    vague = _open_ended(result, quantity)
-    for arm, found in result["factors"][quantity].items():
-        for row in found if arm not in vague else []:
+    for arm, found in _factors(result, quantity, source).items():
+        for row in found if not _open_ended(found) else []:
             if what in row:
                 said = row[what] if what == "said" else row[what]["said"]
                 table.setdefault(row["n_train"], {"labels": f"{row['n_train']:,}"})[arm] = said
     return [table[n] for n in sorted(table)]
 
 
-def _open_ended(result: Result, quantity: str) -> list[str]:
-    """Arms of which nothing certain can be said at any size."""
-    found = result["factors"][quantity].items()
-    return [arm for arm, rows in found if rows and all(row["said"].endswith(UNBOUNDED) for row in rows)]
+def _factors(result: Result, quantity: str, source: str) -> dict[str, list[dict[str, Any]]]:
+    """Of each arm; at "equal compute" they are kept beside ratios."""
+    found = result[source][quantity]
+    return {arm: entry if source == "factors" else entry["factors"] for arm, entry in found.items()}
+
+
+def _open_ended(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether nothing certain can be said at any size."""
+    return bool(rows) and all(row["said"].endswith(UNBOUNDED) for row in rows)
+
+
+def _vague(result: Result, quantity: str, source: str) -> str:
+    arms = [arm for arm, found in _factors(result, quantity, source).items() if _open_ended(found)]
+    return f" The seeds leave no bounds at any size for {', '.join(arms)}." if arms else ""
 
 
 def _arms(entries: Sequence[Mapping[str, Any]], quantity: str) -> list[str]:
