@@ -1,0 +1,187 @@
+"""Leaks: what test structures share with those to train on, or with those of a base; elements without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from ase.data import chemical_symbols
+
+from ..align import and_
+from ..data.columns import codes
+from ..data.labels import Labelled, Labels, word
+from ..data.leakage import leaks
+from ..data.sequences import Subset
+from ..data.split import IDS, TEST, TRAIN, VALID, found_split_keys
+from ..errors import InputError
+from ..run import fingerprint
+from .base import Case, Finding, counted, some
+from .duplicates import copies
+
+FEW_IDS = 5  # of one or two substances nothing else can be expected
+MANY = 0.1  # of the test structures
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Splits inside the data, test structures and data of the base that were given, and elements."""
+    for key, sides in _splits(case).items():
+        yield from _between(case, key, sides)
+    yield from _held_out(case)
+    yield from _base(case)
+
+
+def _splits(case: Case) -> dict[str, np.ndarray]:
+    """Keys that split the data → the side of each structure, -1 for none; folds are sides too."""
+    found = {}
+    keys = [case.split_key.partition("=")[0]] if case.split_key else list(found_split_keys(case.atoms))
+    for key in keys:
+        sides, values = codes(case.atoms, key, word)
+        if not values:
+            raise InputError(f"no structure has {key!r} in its info: choose another split key")
+        words = {str(value).lower() for value in values}
+        if 1 < len(values) <= 20 and (case.split_key or words <= TRAIN | VALID | TEST or key.lower().endswith("fold")):
+            found[key] = sides
+    return found
+
+
+def _between(case: Case, key: str, sides: np.ndarray) -> Iterator[Finding]:
+    values = codes(case.atoms, key, word)[1]
+    train = [i for i, value in enumerate(values) if str(value).lower() in TRAIN]
+    rest = np.isin(sides, train, invert=True) & (sides >= 0) if train else sides >= 0
+    shared = sorted(
+        i for group in copies(case).same if len({int(sides[j]) for j in group} - {-1}) > 1 for i in group if rest[i]
+    )
+    if shared:
+        few = len(shared) < max(2, MANY * rest.sum())
+        yield Finding(
+            "leak",
+            "warning" if few else "error",
+            f"Of {int(rest.sum()):,} structures to validate or test on, {len(shared):,} are also on another "
+            f"side of '{key}'",
+            "copies of a structure were split at random; errors on them say nothing",
+            f"transfermium pretrain {case.files} --objective Potential --split-by composition --out run",
+            some(shared),
+        )
+    for name in (name for name in IDS if name in case.keys):
+        ids, _ = codes(case.atoms, name, word)
+        seen_on = _sides_of(ids, sides)
+        both = [int(i) for i in np.flatnonzero(rest & (ids >= 0)) if len(seen_on.get(int(ids[i]), ())) > 1]
+        if both and len(seen_on) > FEW_IDS:
+            yield Finding(
+                "leak-by-id",
+                "warning",
+                f"Of structures to validate or test on, {len(both):,} share '{name}' with another side of '{key}'",
+                "frames of one material or trajectory were split at random; errors on them are too small",
+                f"transfermium pretrain {case.files} --objective Potential --split-by {name} --out run",
+                some(both),
+            )
+            break
+    if train:
+        yield from _elements(case, key, np.isin(sides, train), rest)
+
+
+def _sides_of(ids: np.ndarray, sides: np.ndarray) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {}
+    for one, side in zip(ids.tolist(), sides.tolist(), strict=True):
+        if one >= 0 and side >= 0:
+            found.setdefault(one, set()).add(side)
+    return found
+
+
+def _elements(case: Case, key: str, train: np.ndarray, rest: np.ndarray) -> Iterator[Finding]:
+    missing = np.flatnonzero(case.composition[rest].any(axis=0) & ~case.composition[train].any(axis=0))
+    if len(missing):
+        names = [chemical_symbols[z] for z in missing]
+        members = np.flatnonzero(rest & case.composition[:, missing].any(axis=1))
+        yield Finding(
+            "elements-untrained",
+            "warning",
+            f"No structure to train on has {and_(names)}, which {counted(len(members))} to validate or test on need",
+            "elements that are rare fell on one side; energies with them mean nothing",
+            f"transfermium pretrain {case.files} --objective Potential --split-by auto --out run",
+            some(members),
+            (f"by '{key}'",),
+        )
+
+
+def _held_out(case: Case) -> Iterator[Finding]:
+    if case.held_out is None:
+        return
+    found = leaks(case.atoms, case.held_out, quiet=True)
+    if found:
+        same = sum(leak.by == "structure" for leak in found)
+        yield Finding(
+            "leak",
+            "error",
+            f"Held out too, or of a material that is: {counted(len(found))} ({same:,} by their geometry)",
+            "the test set was drawn from the same source",
+            f"transfermium pretrain {case.files} --objective Potential --held-out TEST --out run",
+            some(leak.index for leak in found),
+            tuple(leak.why for leak in found[:3]),
+        )
+    held = np.zeros(119, bool)
+    for atoms in case.held_out:
+        held[atoms.numbers] = True
+    missing = np.flatnonzero(held & ~case.composition.any(axis=0))
+    if len(missing):
+        yield Finding(
+            "elements-untrained",
+            "warning",
+            f"Held-out structures have {and_([chemical_symbols[z] for z in missing])}, which no structure here has",
+            "the test set is of other chemistry; energies with these elements mean nothing",
+            f"transfermium finetune small {case.files} --objective Potential --unseen keep --out run",
+        )
+
+
+def _base(case: Case) -> Iterator[Finding]:
+    if case.base is None:
+        return
+    card = case.base.card
+    seen = np.zeros(119, bool)
+    seen[[chemical_symbols.index(symbol) for symbol in card.get("elements", {})]] = True
+    new = np.flatnonzero(case.composition.any(axis=0) & ~seen)
+    if len(new):
+        members = np.flatnonzero(case.composition[:, new].any(axis=1))
+        counts = ", ".join(f"{chemical_symbols[z]} in {int((case.composition[:, z] > 0).sum()):,}" for z in new)
+        yield Finding(
+            "elements-unseen",
+            "warning",
+            f"The base never saw {and_([chemical_symbols[z] for z in new])} ({counts})",
+            "its embedding of these elements is untrained; forces on them are learned from your labels alone",
+            f"transfermium finetune BASE {case.files} --objective Potential --unseen group --out run",
+            some(members),
+        )
+    stages = {stage["data"] for stage in card.get("history", []) if "data" in stage}
+    labels = Labels.from_json(card["labels"]) if "labels" in card else Labels(())
+    try:
+        trained = {fingerprint(case.atoms), fingerprint(Labelled(case.atoms, labels))} & stages
+    except InputError:
+        trained = set()
+    if trained:
+        yield Finding(
+            "base-trained-on",
+            "error",
+            "The base was trained on these very structures",
+            "the fingerprint of the data is in the card of the base: errors on it say nothing about new structures",
+            "transfermium info BASE",
+            (),
+            (f"fingerprint {trained.pop()}",),
+        )
+    if case.base_data is not None:
+        sides = next(iter(_splits(case).items()), None)
+        chosen = case.everything
+        if sides:
+            values = codes(case.atoms, sides[0], word)[1]
+            test = [i for i, value in enumerate(values) if str(value).lower() in TEST]
+            chosen = np.flatnonzero(np.isin(sides[1], test)) if test else chosen
+        found = leaks(Subset(case.atoms, chosen), case.base_data, quiet=True)
+        if found:
+            yield Finding(
+                "base-leak",
+                "error",
+                f"In the data of the base, or of a material that is: {counted(len(found))}",
+                "the base has seen them: errors on them are too small, and savings by pre-training too large",
+                case.drop("base-leak"),
+                some(chosen[leak.index] for leak in found),
+                tuple(leak.why for leak in found[:3]),
+            )

@@ -1,0 +1,348 @@
+"""`doctor` finds what was spoiled, says nothing of what is sound, and its fixes mend."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import shlex
+from itertools import islice
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from rich.console import Console
+
+import transfermium as tm
+from benchmarks.reliability.corruptions import CORRUPTIONS, Corruption, copied, found
+from tests.alloys import alloys, gap_model, potential
+from transfermium import cli
+from transfermium.data.formats import _xyz_frames
+from transfermium.doctor import doctor, yardstick
+from transfermium.doctor.base import Case
+from transfermium.doctor.duplicates import copies
+from transfermium.doctor.pairs import similar, slope
+from transfermium.report.doctor import show
+
+SOUND = {  # sets that are sound, and how many of their structures are looked at here
+    "md17_ethanol/all": 100,
+    "bo2_polymorphs_4xc/PBE": 120,
+    "mattersim_benchmarks/mpf-TP": 150,
+    "mattersim_benchmarks/alexandria-random-1k": 150,
+    "mlearn/Ge_train": 80,
+    "water_pbe0ts/train": 8,
+    "jarvis_supercon/all": 150,
+}
+OF_ETHANOL = {  # what is clearer in molecules
+    "energies and forces in atomic units",
+    "forces in another order",
+    "positions turned, forces not",
+}
+
+
+@pytest.fixture(autouse=True)
+def a_quick_yardstick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(yardstick, "MOST_STRUCTURES", 60)
+    monkeypatch.setattr(yardstick, "MOST_ATOMS", 700)
+    monkeypatch.chdir(tmp_path)
+
+
+def some_of(public_data: Path, name: str, n: int) -> list[Atoms]:
+    path = public_data / f"{name}.extxyz.xz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    return list(islice(_xyz_frames(path), n))
+
+
+def kinds(diagnosis: object, severity: str = "error") -> list[str]:
+    return [one.kind for one in diagnosis.findings if one.severity == severity]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def crystals(public_data: Path) -> list[Atoms]:
+    """Hot and compressed crystals of many elements."""
+    structures = some_of(public_data, "mattersim_benchmarks/mpf-TP", 260)
+    for atoms in structures:
+        atoms.info.pop("split", None)
+    return structures
+
+
+@pytest.fixture(scope="module")
+def ethanol(public_data: Path) -> list[Atoms]:
+    structures = some_of(public_data, "md17_ethanol/all", 150)
+    for atoms in structures:
+        atoms.info.pop("split", None)
+    return structures
+
+
+class TestSpoiled:
+    @pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda one: one.name)
+    def test_the_cause_is_found(self, corruption: Corruption, crystals: list[Atoms], ethanol: list[Atoms]) -> None:
+        structures = ethanol if corruption.name in OF_ETHANOL else crystals
+        findings = doctor(corruption.spoil(copied(structures))).findings
+        assert found([(one.kind, one.cause) for one in findings], corruption), [(f.kind, f.cause) for f in findings]
+
+    def test_there_are_many_ways(self) -> None:
+        assert len({one.name for one in CORRUPTIONS}) == len(CORRUPTIONS) >= 25
+
+    @pytest.mark.parametrize("name", SOUND)
+    def test_nothing_is_wrong_with_sound_data(self, name: str, public_data: Path) -> None:
+        assert kinds(doctor(some_of(public_data, name, SOUND[name]))) == []
+
+    def test_the_shear_components_of_three_sets_are_in_another_order(self, public_data: Path) -> None:
+        """Cells of molybdenum that are sheared in yz have a stress in xz: energies agree with the other order."""
+        finding = doctor(some_of(public_data, "mlearn/Mo_train", 194))["stress-order"]
+        assert "xz yz xy" in finding.title
+        assert "energies of sheared cells" in finding.evidence[0]
+
+    def test_large_forces_are_a_warning(self, public_data: Path) -> None:
+        structures = some_of(public_data, "mad_pbesol_1000/all", 120)
+        finding = doctor(structures)["forces-large"]
+        above = [i for i, atoms in enumerate(structures) if np.abs(atoms.get_forces()).max() > 30]
+        assert finding.severity == "warning" and list(finding.structures) == above
+
+    def test_absurd_properties_are_a_warning(self, public_data: Path) -> None:
+        diagnosis = doctor(some_of(public_data, "phonon_dielectric_mp/all", 1511))
+        assert diagnosis["outliers-eps_electronic"].severity == "warning" and not diagnosis.errors
+
+    def test_absurd_stresses_are_a_warning(self, public_data: Path) -> None:
+        diagnosis = doctor(some_of(public_data, "mattersim_benchmarks/mptrj-highest-stress-1k", 300))
+        assert diagnosis["stress-absurd"].severity == "warning"
+
+
+def rattled(n: int = 40) -> list[Atoms]:
+    """Alloys of EMT with labels of their own."""
+    return copied(alloys(n))
+
+
+def saved(structures: list[Atoms], name: str = "data.extxyz") -> str:
+    ase.io.write(name, structures)
+    return name
+
+
+class TestFixes:
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("forces are gradients", "forces-sign"),
+            ("forces in Ha/bohr", "forces-unit"),
+            ("stress in kbar, sign of VASP", "stress-unit"),
+            ("stress in the order xy yz xz", "stress-order"),
+            ("virial as stress", "stress-virial"),
+            ("lengths in bohr", "length-unit"),
+            ("every fifth energy per atom", "energy-mixed-units"),
+            ("atoms almost in the same place", "too-close"),
+            ("copies", "duplicates"),
+        ],
+    )
+    def test_a_fix_mends(self, name: str, kind: str, crystals: list[Atoms], ethanol: list[Atoms]) -> None:
+        (corruption,) = (one for one in CORRUPTIONS if one.name == name)
+        structures = crystals[:160] if "stress" in corruption.needs else ethanol[:60]
+        data = saved(corruption.spoil(copied(structures)))
+        run(doctor(data)[kind].fix)
+        after = [one.kind for one in doctor("repaired").findings]
+        assert kind not in after, after
+
+    def test_every_other_fix_can_be_typed(self) -> None:
+        structures = rattled(30)
+        others = {"copies with other energies", "test structures among training", "materials on both sides"}
+        others |= {"an element in test structures only", "two levels of theory", "two keys that disagree"}
+        for corruption in CORRUPTIONS:
+            for finding in doctor(corruption.spoil(copied(structures))).findings if corruption.name in others else ():
+                if finding.fix.startswith("transfermium"):
+                    cli._parsed(cli._spelled(shlex.split(finding.fix)[1:]))
+                else:
+                    compile(finding.fix, "fix", "exec")
+
+
+def run(fix: str) -> None:
+    if fix.startswith("transfermium"):
+        cli.main(shlex.split(fix)[1:])
+    else:
+        exec(fix, {})
+
+
+class TestPairs:
+    def test_work_is_the_change_of_energy(self) -> None:
+        """Of strained and rattled cells of one alloy: forces and stress together."""
+        base = rattled(1)[0]
+        rng = np.random.default_rng(0)
+        structures = []
+        for _ in range(12):
+            atoms = base.copy()
+            strain = np.eye(3) + 0.004 * rng.normal(size=(3, 3))
+            atoms.set_cell(atoms.cell.array @ ((strain + strain.T) / 2), scale_atoms=True)
+            atoms.positions += 0.01 * rng.normal(size=(4, 3))
+            structures.append(labelled(atoms))
+        case = Case(structures)
+        pairs = similar(case, case.everything)
+        work = pairs.by_forces + pairs.by_stress
+        assert len(pairs.a) == 66
+        assert np.abs(pairs.change - work).max() < 0.03 * np.abs(pairs.change).max()
+
+    def test_turned_molecules_are_compared(self) -> None:
+        from ase.build import molecule
+        from ase.calculators.lj import LennardJones
+
+        rng = np.random.default_rng(0)
+        structures = []
+        for _ in range(8):
+            atoms = molecule("CH3CH2OH")
+            atoms.positions += 0.01 * rng.normal(size=(9, 3))
+            atoms.rotate(float(rng.uniform(0, 360)), rng.normal(size=3))
+            atoms.calc = LennardJones(sigma=1.2, epsilon=0.1)
+            results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+            atoms.calc = SinglePointCalculator(atoms, **results)
+            structures.append(atoms)
+        case = Case(structures)
+        pairs = similar(case, case.everything)
+        fitted = slope(pairs.change, pairs.by_forces)
+        assert fitted is not None and fitted.value == pytest.approx(1.0, abs=0.05) and fitted.agreement > 0.8
+
+    def test_no_slope_without_pairs(self) -> None:
+        assert slope(np.ones(4), np.ones(4)) is None
+
+
+def labelled(atoms: Atoms) -> Atoms:
+    from ase.calculators.emt import EMT
+
+    atoms.calc = EMT()
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+class TestCopies:
+    def test_turned_moved_and_numbered_anew(self) -> None:
+        first = rattled(3)
+        other = first[1][[2, 0, 3, 1]]
+        other.translate([0.4, 0.1, 0.7])
+        other.wrap()
+        other.rotate(33, [1, 2, 3], rotate_cell=True)
+        assert copies(Case([*first, other])).same == [[1, 3]]
+
+    def test_a_small_displacement_is_near_and_a_large_one_is_not(self) -> None:
+        first = rattled(2)
+        near, far = first[0].copy(), first[0].copy()
+        near.positions[0, 0] += 0.002
+        far.positions[0, 0] += 0.1
+        found = copies(Case([*first, near, far]))
+        assert found.same == [] and found.near == [[0, 2]]
+
+    def test_other_elements_are_no_copies(self) -> None:
+        first = rattled(1)[0]
+        other = first.copy()
+        other.numbers = np.where(other.numbers == 29, 47, 29)
+        assert copies(Case([first, other])) == ([], [])
+
+
+class TestModels:
+    def test_elements_and_data_of_a_base(self) -> None:
+        structures = rattled(10)
+        structures[3].numbers[0] = 8
+        structures[3] = labelled(structures[3])
+        diagnosis = doctor(structures, potential())
+        assert diagnosis["elements-unseen"].structures == (3,)
+        assert "O" in diagnosis["elements-unseen"].title
+        assert "base-trained-on" not in [one.kind for one in diagnosis.findings]
+
+    def test_the_data_that_a_base_was_trained_on(self) -> None:
+        structures = alloys(8)
+        base = tm.pretrain(
+            structures, tm.Potential(), potential().backbone, steps=1, valid_fraction=0.0, verbose=False, device="cpu"
+        )
+        assert doctor(structures, base)["base-trained-on"].severity == "error"
+
+    def test_a_base_without_energies(self) -> None:
+        assert "elements-unseen" not in [one.kind for one in doctor(rattled(6), gap_model()).findings]
+
+    def test_leaks_into_held_out_structures_and_from_the_base(self) -> None:
+        structures = rattled(12)
+        diagnosis = doctor(structures, potential(), held_out=structures[2:4], base_data=structures[5:6])
+        assert {2, 3} <= set(diagnosis["leak"].structures) and 5 in diagnosis["base-leak"].structures
+
+
+class TestDiagnosis:
+    def test_without_leaves_structures_out(self) -> None:
+        structures = rattled(12)
+        structures[4].info["converged"] = False
+        diagnosis = doctor(structures)
+        assert diagnosis["unconverged"].structures == (4,)
+        assert [atoms for atoms in diagnosis.without("unconverged")] == structures[:4] + structures[5:]
+        with pytest.raises(tm.InputError, match="doctor found no 'levels' here, but unconverged"):
+            diagnosis["levels"]
+
+    def test_units_that_are_declared_are_not_told(self) -> None:
+        spoil = next(one.spoil for one in CORRUPTIONS if one.name == "forces in meV/Å")
+        structures = spoil(rattled(40))
+        assert kinds(doctor(structures)) == ["forces-unit"]
+        assert kinds(doctor(structures, unit={"forces": "meV/Å"})) == []
+
+    def test_each_file_is_judged_by_itself(self) -> None:
+        spoil = next(one.spoil for one in CORRUPTIONS if one.name == "forces in meV/Å")
+        files = [saved(rattled(30), "a.extxyz"), saved(spoil(rattled(30)), "b.extxyz")]
+        (finding,) = (one for one in doctor(files).findings if one.kind == "forces-unit")
+        assert "b.extxyz" in finding.title and finding.structures == tuple(range(30, 60))
+        assert "pack b.extxyz" in finding.fix
+
+    @pytest.mark.parametrize("wrong", [0, 1.0, -2])
+    def test_a_distance_that_makes_no_sense(self, wrong: float) -> None:
+        with pytest.raises(tm.InputError, match="shortest is"):
+            doctor(rattled(2), shortest=wrong)
+
+
+class TestCommand:
+    def test_sound_data_exits_with_zero(self, capsys: pytest.CaptureFixture[str]) -> None:
+        cli.main(["doctor", saved(rattled(12)), "--out", "found"])
+        assert "nothing wrong" in capsys.readouterr().err
+        assert json.loads(Path("found/doctor.json").read_text())["structures"] == 12
+
+    def test_errors_exit_with_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        structures = rattled(12)
+        structures[4].info["converged"] = False
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["doctor", saved(structures), "--json"])
+        printed = capsys.readouterr()
+        assert stopped.value.code == 1 and printed.err == ""
+        (finding,) = json.loads(printed.out)["findings"]
+        assert finding["severity"] == "error" and finding["structures"] == [4]
+
+    def test_bad_input_exits_with_two(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["doctor", "nothing.extxyz"])
+        assert stopped.value.code == 2 and "no such file" in capsys.readouterr().err
+
+    def test_what_comes_from_files_stays_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        evil = "<script>alert(1)</script>[bold]"
+        structures = rattled(12)
+        for index, atoms in enumerate(structures):
+            atoms.info["level"] = evil if index % 2 else "PBE"
+            atoms.info[evil] = float(index) ** 2
+        diagnosis = doctor(structures, out="found")
+        page = Path("found/doctor.html").read_text()
+        assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+        text = io.StringIO()
+        show(diagnosis.to_json(), diagnosis.labels, Console(file=text, width=200))
+        assert evil in text.getvalue()
+
+
+def test_every_number_of_a_large_finding_is_in_the_json() -> None:
+    structures = rattled(30)
+    for atoms in structures[:20]:
+        atoms.info["converged"] = "F"
+    diagnosis = doctor(structures, out="found")
+    text = io.StringIO()
+    show(diagnosis.to_json(), diagnosis.labels, Console(file=text, width=200))
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 more" in text.getvalue()
+    content = json.loads(Path("found/doctor.json").read_text())
+    assert content["findings"][0]["structures"] == list(range(20))
+
+
+def test_a_compressed_file_is_read_whole(public_data: Path) -> None:
+    path = public_data / "botnet_molecules" / "acac_test_H_transfer.extxyz.xz"
+    if path.is_file():
+        with lzma.open(path, "rt") as file:
+            assert doctor(path).summary["structures"] == file.read().count("Properties")
