@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from transfermium.distributed import Place, first_host, place
 from transfermium.model import read_tensors
 from transfermium.objectives import Objective
 from transfermium.objectives.base import told
+from transfermium.optim import AdamW
 from transfermium.train import TrainConfig, train
 
 STEPS = 12
@@ -220,6 +222,43 @@ def train_in_little_memory(folder: str, out: str, stop: str) -> None:
     if distributed.rank() == 1:
         with open(Path(folder) / "refused", "a") as file:
             file.write("1" if refused and Path(out).name == "stopped" else "")
+
+
+class TestDivergence:
+    def test_all_go_back_to_the_same_weights_and_name_the_structures_of_all(self, tmp_path):
+        run_together(2, "train_what_diverges", tmp_path)
+        found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        assert same_bits(found[0]["weights"], found[1]["weights"])
+        assert found[0]["went back"] == found[1]["went back"] == 4
+        assert found[0]["faulty"] == found[1]["faulty"]
+        assert "not finite at step 1, for structure 3 (" in found[0]["faulty"]
+
+
+def train_what_diverges(folder: str) -> None:
+    """Weights become useless after the third update; then a structure is faulty, which one of two works on."""
+    distributed.join()
+    step = AdamW.step
+
+    def spoiled(self):
+        step(self)
+        if any(int(state["step"]) == 3 for state in self.state.values()):
+            for p in self.state:
+                p.data.fill_(math.nan)
+
+    AdamW.step = spoiled  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    objective = tm.Potential(1.0, 1.0, 1.0)
+    config = TrainConfig(steps=6, edges=400, device="cpu")
+    progress = list(train(model := tm.Model(painn(), objective.outputs(8)), objective, ready(alloys(8)), config))
+    AdamW.step = step  # type: ignore[method-assign]
+    found = alloys(4)
+    found[3].calc.results["energy"] = 1e150
+    huge = tm.Potential(energy=1e200, forces=0, stress=0)
+    config = TrainConfig(steps=2, edges=400, device="cpu", dtype="float64")
+    with pytest.raises(tm.InputError) as refused:
+        list(train(tm.Model(painn(), huge.outputs(8)), huge, ready(found), config))
+    said = {"weights": dict(model.state_dict()), "went back": progress[-1].went_back, "faulty": str(refused.value)}
+    torch.save(said, Path(folder) / f"{distributed.rank()}.pt")
 
 
 class TestPlace:

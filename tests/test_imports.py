@@ -11,13 +11,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 LAYERS = (  # lowest first; neighbours in a layer may import each other, though never in a circle
     {"errors", "console"},
-    {"graph", "nn", "optim", "molecules", "observables"},
+    {"graph", "nn", "optim", "molecules", "observables", "untrusted"},
     {"messages"},
     {"backbones"},
     {"heads"},
     {"model", "objectives"},
     {"data", "distributed", "run", "crystals", "waters"},
-    {"train", "rehearsal", "dataset", "lora"},
+    {"train", "rehearsal", "dataset", "lora", "uncertainty"},
     {
         "transfer",
         "stage",
@@ -25,16 +25,19 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
         "unseen",
         "card",
         "equivariance",
+        "jacobian",
         "evaluate",
         "features",
         "ladder",
         "probe",
         "replay",
         "calculator",
+        "calibrate",
+        "suggest",
         "dynamics",
         "teacher",
     },
-    {"study", "doctor", "report", "simulate", "relax", "export", "demo", "testing"},
+    {"study", "doctor", "report", "simulate", "relax", "torchsim", "export", "demo", "testing"},
     {"transfermium"},  # the public names
     {"cli", "__main__"},
 )

@@ -24,6 +24,7 @@ from transfermium import cli
 from transfermium.data import Labelled
 from transfermium.data.load import VALIDATION, Batches, count_edges, plan
 from transfermium.model import read_tensors, write_tensors
+from transfermium.optim import AdamW
 from transfermium.train import TrainConfig, evaluate_loss, layers, parse_time, read_metrics, train
 
 STEPS = 14
@@ -374,9 +375,142 @@ class TestSteps:
     def test_labels_that_break_the_loss_are_named(self):
         structures = raw_alloys(3)
         structures[2].calc.results["energy"] = 1e150
-        with pytest.raises(tm.InputError, match=r"not finite at step \d, for the structures 2: look"):
-            config = quick(steps=5, edges=1, dtype="float64")
+        with pytest.raises(
+            tm.InputError, match=r"not finite at step \d, for structure 2 \(\w+\), and not with the last"
+        ):
+            config = quick(steps=5, dtype="float64")
             list(train(new_model(), tm.Potential(energy=1e200, forces=0, stress=0), ready(structures), config))
+
+    def test_so_are_those_that_break_its_gradient_alone(self, monkeypatch):
+        structures, loss = alloys(8), tm.Potential.loss
+        broken = structures[5].info["energy"]
+
+        def kinked(self, outputs, batch):
+            terms = loss(self, outputs, batch)
+            total, count = terms["energy"]
+            here = (batch.targets["energy"] - broken).abs() < 1e-9
+            return {**terms, "energy": (total + (0 * outputs["energy"][here]).sqrt().sum(), count)}
+
+        monkeypatch.setattr(tm.Potential, "loss", kinked)
+        with pytest.raises(tm.InputError, match=r"gradient of the loss is not finite at step \d, for structure 5 \("):
+            list(train(new_model(), OBJECTIVE, structures, quick(steps=5)))
+
+    def test_a_validation_structure_that_breaks_the_loss_is_named_before_the_first_step(self):
+        structures = raw_alloys(6, seed=1)
+        structures[4].calc.results["energy"] = 1e150
+        objective = tm.Potential(energy=1e200, forces=0, stress=0)
+        with pytest.raises(tm.InputError, match=r"validation is not finite before the first step, for structure 4 \("):
+            list(train(new_model(), objective, alloys(4), quick(steps=2, dtype="float64"), valid=ready(structures)))
+
+
+class TestDivergence:
+    """Weights that have become useless at some step, as by a rate that is too high."""
+
+    @pytest.mark.parametrize("valid", [0, 3], ids=["without validation", "with validation"])
+    def test_it_goes_back_once_and_on_at_a_lower_rate(self, monkeypatch, capsys, valid):
+        spoil(monkeypatch, after=[6])
+        model, undisturbed = new_model(), new_model()
+        config = quick(steps=12, validate_every=2)
+        progress = list(train(model, OBJECTIVE, alloys(8), config, valid=alloys(valid, seed=1)))
+        monkeypatch.undo()
+        usual = list(train(undisturbed, OBJECTIVE, alloys(8), config, valid=alloys(valid, seed=1)))
+
+        assert [p.step for p in progress] == list(range(1, 13))
+        assert [p.went_back for p in progress] == 6 * [None] + 6 * [7]
+        assert math.isnan(progress[6].loss) and all(math.isfinite(p.loss) for p in progress if p.step != 7)
+        ratios = [p.lr / q.lr for p, q in zip(progress, usual, strict=True)]
+        assert ratios == pytest.approx(7 * [1.0] + 5 * [0.25])
+        assert progress[-1].loss < 2 * usual[-1].loss
+        assert all(bool(t.isfinite().all()) for t in weights_of(model).values())
+        shown = " ".join(capsys.readouterr().err.split())
+        assert "not finite at step 7, for structures" in shown and "going back to the last good weights" in shown
+
+    @pytest.mark.parametrize("valid", [0, 3], ids=["without validation", "with validation"])
+    def test_a_run_that_was_stopped_goes_back_to_the_same_weights(self, monkeypatch, tmp_path, valid):
+        config, others = quick(steps=12, validate_every=2), {"valid": alloys(valid, seed=1)}
+        spoil(monkeypatch, after=[6])
+        list(train(whole := new_model(), OBJECTIVE, alloys(8), config, **others))
+        for step in (5, 6, 9, 0):
+            for progress in train(
+                model := new_model(), OBJECTIVE, alloys(8), config, out=tmp_path, save_every=0, **others
+            ):
+                if progress.step == step:
+                    break
+        assert same_bits(weights_of(model), weights_of(whole)) and progress.went_back == 7
+        assert [row["step"] for row in rows_of(tmp_path) if row.get("went back")] == [7]
+
+    def test_without_validation_the_weights_before_the_best_losses_are_good(self, monkeypatch):
+        spoil(monkeypatch, after=[6], by=3.0)  # from then on losses are worse, but finite
+        spoil(monkeypatch, after=[8])
+        model = new_model()
+        losses, kept = [], [weights_of(model)]
+        for last in train(model, OBJECTIVE, alloys(8), quick(steps=9, validate_every=2, ema=0.0)):
+            losses.append(last.loss)
+            kept.append(weights_of(model))
+        lowest = int(np.argmin([np.mean(losses[first : first + 2]) for first in range(0, 8, 2)]))
+        assert last.went_back == 9 and lowest == 1  # or this test would show little
+        assert same_bits(kept[9], kept[2 * lowest])
+
+    def test_the_second_time_it_gives_up(self, monkeypatch):
+        spoil(monkeypatch, after=[3, 7])
+        with pytest.raises(
+            tm.InputError, match=r"not finite at step 9, for structures .* once more after step 4, .* lower"
+        ):
+            list(train(new_model(), OBJECTIVE, alloys(8), quick(steps=12)))
+
+    def test_the_card_says_so(self, monkeypatch):
+        spoil(monkeypatch, after=[2])
+        model = tm.pretrain(raw_alloys(8), OBJECTIVE, painn(), steps=4, edges=400, device="cpu", verbose=False)
+        assert model.card["history"][-1]["went back at step"] == 3
+
+
+def spoil(monkeypatch, after: list[int], by: float = math.inf) -> None:
+    """Make weights useless after these updates."""
+    step = AdamW.step
+
+    def spoiled(self):
+        step(self)
+        if max(int(state["step"]) for state in self.state.values()) in after:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.mul_(by)
+
+    monkeypatch.setattr(AdamW, "step", spoiled)
+
+
+class TestMemory:
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("there is none"), MemoryError()], ids=["CUDA", "CPU"])
+    def test_a_step_is_repeated_in_smaller_batches(self, monkeypatch, capsys, tmp_path, error):
+        loss, sizes = tm.Potential.loss, []
+
+        def limited(self, outputs, batch):
+            sizes.append(batch.graph.n_edges)
+            if batch.graph.n_edges > 250:
+                raise error
+            return loss(self, outputs, batch)
+
+        structures, config = alloys(8), quick(steps=3, edges=400, dtype="float64")
+        expected = finished(structures, config)
+        monkeypatch.setattr(tm.Potential, "loss", limited)
+        list(train(model := new_model(), OBJECTIVE, structures, config, out=tmp_path))
+        for name, tensor in weights_of(model).items():
+            torch.testing.assert_close(tensor, weights_of(expected)[name], rtol=0, atol=1e-10, msg=name)
+        assert sizes[0] > 250 and [size > 250 for size in sizes].count(True) == 1
+        assert "Memory ran out: from now on at most" in capsys.readouterr().err
+        assert {row["edges at once"] for row in rows_of(tmp_path)} == {sizes[0] // 2}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
+class TestWorkers:
+    def test_their_number_changes_nothing(self):
+        def run(workers: int) -> dict[str, torch.Tensor]:
+            model = new_model(objective := tm.Denoise(0.1))
+            list(train(model, objective, alloys(16), quick(steps=10, workers=workers), valid=alloys(3, seed=1)))
+            return weights_of(model)
+
+        alone = run(0)
+        assert same_bits(run(1), alone) and same_bits(run(4), alone)
 
 
 class TestFiles:

@@ -6,6 +6,7 @@ from .backbones import CGAT, CGCNN, EGNN, ET, GNS, Backbone, Features, ForceNet,
 from .calculator import Calculator
 from .crystals import crystals
 from .data import PackedSet, leaks, pack, read
+from .doctor import doctor
 from .errors import InputError
 from .evaluate import evaluate, predict
 from .features import features
@@ -35,6 +36,7 @@ from .objectives import (
 from .probe import ProbeHead
 from .relax import relax
 from .simulate import md
+from .suggest import suggest
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
 from .waters import water
@@ -77,6 +79,7 @@ __all__ = [
     "TrainConfig",
     "VectorHead",
     "crystals",
+    "doctor",
     "evaluate",
     "features",
     "finetune",
@@ -88,6 +91,7 @@ __all__ = [
     "pretrain",
     "read",
     "relax",
+    "suggest",
     "train",
     "water",
 ]

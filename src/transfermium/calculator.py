@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ase
+import numpy as np
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
@@ -17,6 +18,7 @@ from .evaluate import unseen_elements, without_reference
 from .graph import to_graph
 from .model import Model, load
 from .train import chosen_device
+from .uncertainty import Uncertainty, why_not
 
 
 class Calculator(AseCalculator):
@@ -30,6 +32,9 @@ class Calculator(AseCalculator):
         skin: how many Å further than the cutoff neighbours are searched, so that none are searched again until an atom
             has moved by half of it or the cell has changed; results do not depend on it, and zero searches every time.
         part: which part of a model that learned several objectives, each with its own energy.
+        interval: with this probability, such as 0.9, labels would lie within what `results` then has too:
+            "energy_low90" and "energy_high90" (eV), "forces_error90" (eV/Å), "stress_error90" (eV/Å³),
+            "training_distance" and "far", as of `predict`. It costs one more pass of the backbone, without derivatives.
 
     Raises:
         InputError: when the model has no energy, is asked about elements it never saw, or for the energy of elements
@@ -45,6 +50,7 @@ class Calculator(AseCalculator):
         allow_unseen: bool = False,
         skin: float = 1.0,
         part: str | None = None,
+        interval: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -52,11 +58,17 @@ class Calculator(AseCalculator):
         self.model = model.to(chosen_device(device)).eval()
         meaning = self.model.card.get("quantities", {}).get("energy", ["energy", "eV"])
         if "energy" not in self.model.outputs or meaning[0] != "energy":
-            raise InputError("this model predicts no energy: train it with the Potential objective to use it in ASE")
+            raise InputError(
+                "this model predicts no energy: train it with the Potential objective to use it in ASE or torch-sim"
+            )
         if not 0 <= skin < 10:
             raise InputError(f"skin is {skin} Å, but must be zero or a little more: 1.0 is usual")
         self.allow_unseen = allow_unseen
         self.skin = skin
+        self.interval = interval
+        self.doubt = None if interval is None else Uncertainty.of(self.model)
+        if interval is not None and self.doubt is None:
+            raise InputError(f"this model has no intervals: {why_not(self.model)}")
         self.edges = self.model.backbone.edges
         self.search = self.edges.search(skin)
         self.checked: set[int] = set()
@@ -77,15 +89,11 @@ class Calculator(AseCalculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
-        self._check_elements()
+        self.check_elements(self.atoms.numbers)
         wanted = {"energy", *({"free_energy": "energy"}.get(p, p) for p in properties)}
-        lacking = [] if self.allow_unseen else without_reference(self.model, self.atoms.numbers)
-        if lacking and {"energy", "free_energy"} & set(properties):
-            raise InputError(
-                f"no label that this model learned from has {and_(lacking)}, so this energy has no known zero: "
-                "fine-tune on such labels or with unseen='isolated', 'group' or 'keep', or pass allow_unseen=True "
-                "where differences at one composition are all that counts, as in relaxations"
-            )
+        lacking = self.lacking(self.atoms.numbers)
+        if {"energy", "free_energy"} & set(properties):
+            self.check_zero(self.atoms.numbers)
         for name in wanted - set(self.model.outputs):
             raise PropertyNotImplementedError(f"this model has no {name}")
         periodic = self.atoms.pbc.all() and self.atoms.cell.rank == 3
@@ -96,7 +104,8 @@ class Calculator(AseCalculator):
             self.usual |= wanted
             wanted |= self.usual - (set() if periodic else {"stress"})
         neighbors = self.edges.neighbors(self.atoms, self.search)
-        outputs = self.model(to_graph([self.atoms], self.edges, known=[neighbors]), wanted)
+        graph = to_graph([self.atoms], self.edges, known=[neighbors])
+        outputs = self.model(graph, wanted)
         arrays = {name: value.detach().double().cpu().numpy() for name, value in outputs.items()}
         if not lacking:
             self.results["energy"] = self.results["free_energy"] = float(arrays["energy"][0])
@@ -104,15 +113,33 @@ class Calculator(AseCalculator):
             self.results["forces"] = arrays["forces"]
         if "stress" in arrays:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"][0])
+        if self.doubt is not None and self.interval is not None:
+            known = {name: value for name, value in arrays.items() if name != "energy" or not lacking}
+            cut = {name: [value if self.model.per_atom(name) else value[0]] for name, value in known.items()}
+            for name, value in self.doubt.bounds(self.model, graph, cut, self.interval).items():
+                self.results[name] = value[0].item()
 
-    def _check_elements(self) -> None:
-        assert self.atoms is not None
-        new = set(self.atoms.numbers.tolist()) - self.checked
+    def check_elements(self, numbers: np.ndarray) -> None:
+        """Refuse atomic numbers that the model never saw."""
+        new = set(numbers.tolist()) - self.checked
         if new and not self.allow_unseen:
-            unseen = unseen_elements(self.model, self.atoms.numbers)
+            unseen = unseen_elements(self.model, numbers)
             if unseen:
                 raise InputError(
                     f"the model never saw {', '.join(unseen)}: train on structures with these elements, "
                     "or pass allow_unseen=True"
                 )
         self.checked |= new
+
+    def check_zero(self, numbers: np.ndarray) -> None:
+        """Refuse atomic numbers for which an energy has no known zero."""
+        if lacking := self.lacking(numbers):
+            raise InputError(
+                f"no label that this model learned from has {and_(lacking)}, so this energy has no known zero: "
+                "fine-tune on such labels or with unseen='isolated', 'group' or 'keep', or pass allow_unseen=True "
+                "where differences at one composition are all that counts, as in relaxations"
+            )
+
+    def lacking(self, numbers: np.ndarray) -> list[str]:
+        """Symbols of the elements for which an energy has no known zero, where that matters."""
+        return [] if self.allow_unseen else without_reference(self.model, numbers)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, takewhile
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,35 +33,50 @@ from .objectives.together import Parts
 from .train import TrainConfig
 
 Arguments = dict[str, Any]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or what one file may have
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or with 2 and one sentence when the input cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        _end_in_order()
         if not _takes_part(next(iter(argv), "")):
             return
         arguments = _parsed(_spelled(argv))
         verb = arguments["verb"]
         values = arguments[verb].as_dict()
         values.pop("config", None)
+        values.pop("debug", None)
+        _check_teacher(values.get("teacher"), argv)
         VERBS[verb](values)
     except Misuse as error:
-        _fail(_readable(str(error), _options(next(iter(argv), ""))))
+        _trace(argv)
+        _fail(_readable(str(error), _options(next(iter(argv), "")), _config_of(argv)))
     except InputError as error:
+        _trace(argv)
         _fail(str(error))
     except ValueError as error:
         if not isinstance(error.__cause__, InputError):  # raised by a constructor, wrapped by jsonargparse
             raise
+        _trace(argv)
         _fail(str(error.__cause__))
-    except KeyboardInterrupt:
-        _fail("interrupted: the same command goes on where it was last saved", 130)
+    except KeyboardInterrupt as error:
+        ended = error.args[:1] == (signal.SIGTERM,)
+        _fail("interrupted: the same command goes on where it was last saved", 143 if ended else 130)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        _fail(
+            "a process that prepares batches died (killed, or out of memory): the same command goes on where it was "
+            "last saved, with fewer --workers if memory is short"
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if os.environ.get("TRANSFERMIUM_DEBUG"):
-            traceback.print_exc()
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _trace(argv)
+        again = ": make room, and the same command goes on where it was last saved" if error.errno in FULL else ""
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}{again}")
 
 
 def demo(arguments: Arguments) -> None:
@@ -130,6 +148,22 @@ def features(arguments: Arguments) -> None:
     console.print(f"{len(table.values)} rows of {len(table.names)} features written to {out}")
 
 
+def suggest(arguments: Arguments) -> None:
+    """Which structures of a pool to label next: a batch of those that would teach most."""
+    from .suggest import printable
+    from .suggest import suggest as run
+
+    as_json, out = arguments.pop("json"), arguments["out"]
+    chosen = run(arguments.pop("model"), arguments.pop("data"), verbose=not as_json, **arguments)
+    if distributed.rank() > 0:
+        return
+    if as_json:
+        print(json.dumps([atoms.info for atoms in chosen], ensure_ascii=False, default=str))
+        return
+    rich.print(table("To label next, in this order", printable(chosen)))
+    console.print(f"{len(chosen)} structures written to {out}", markup=False, soft_wrap=True)
+
+
 def info(arguments: Arguments) -> None:
     """What is known of a model: architecture, labels, elements, history."""
     from .model import load
@@ -179,6 +213,19 @@ def leaks(arguments: Arguments) -> None:
     for leak in found:
         print(f"{leak.index}\t{leak.other}\t{leak.why}")
     console.print(summary(found, len(structures)))
+
+
+def doctor(arguments: Arguments) -> None:
+    """What is wrong with structures and labels, before any training; exits with 1 where there are errors."""
+    from .doctor import doctor as run
+
+    as_json = arguments.pop("json")
+    data, base = arguments.pop("data"), arguments.pop("base")
+    diagnosis = run(data, base, verbose=not as_json, **_with_pairs(arguments))
+    if as_json:
+        print(json.dumps(diagnosis.to_json(), ensure_ascii=False))
+    if diagnosis.errors:  # which have been said
+        sys.exit(1)
 
 
 def bakeoff(arguments: Arguments) -> None:
@@ -252,12 +299,25 @@ def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> d
 
 VERBS: dict[str, Callable[[Arguments], None]] = {
     verb.__name__: verb
-    for verb in (demo, pretrain, finetune, evaluate, predict, features, info, pack, leaks, bakeoff, curve, md, relax)
+    for verb in (
+        *(demo, pretrain, finetune, evaluate, predict, features, suggest),
+        *(info, pack, leaks, doctor, bakeoff, curve, md, relax),
+    )
 }
 
 
 TRAINING_PAIRS = ("label", "unit", "provenance")  # options of the form NAME=VALUE
-SHARED = ("pretrain", "finetune", "evaluate", "predict", "features")  # verbs that several processes work on together
+SHARED = ("pretrain", "finetune", "evaluate", "predict", "features", "suggest")  # that several processes work on
+
+
+def _end_in_order() -> None:
+    """Let SIGTERM end a process on its own like Ctrl-C, so that nothing is left behind; of several, at once."""
+    if threading.current_thread() is threading.main_thread() and distributed.place() is None:
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(signal.SIGTERM)
 
 
 def _takes_part(verb: str) -> bool:
@@ -313,6 +373,8 @@ def _parsed(argv: Sequence[str]) -> jsonargparse.Namespace:
     try:
         parser = _parser(verb)
         return parser.instantiate(parser.parse_args(argv))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{_config_of(argv)}: this is not text ({error}); save it as UTF-8") from error
     except Misuse:
         parser = _parser(verb, backbone={"class_path": "TensorNet"})
         return parser.instantiate(parser.parse_args(argv))
@@ -327,9 +389,11 @@ def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
         "evaluate": _evaluate_parser,
         "predict": _predict_parser,
         "features": _features_parser,
+        "suggest": _suggest_parser,
         "info": _info_parser,
         "pack": _pack_parser,
         "leaks": _leaks_parser,
+        "doctor": _doctor_parser,
         "bakeoff": lambda: _bakeoff_parser(backbone),
         "curve": lambda: _curve_parser(backbone),
         "md": _md_parser,
@@ -340,7 +404,9 @@ def _parser(verb: str, backbone: Arguments | None = None) -> Parser:
     )
     verbs = parser.add_subcommands(dest="verb", metavar="VERB")
     for name in [verb] if verb in parsers else parsers:
-        verbs.add_subcommand(name, parsers[name](), help=VERBS[name].__doc__)
+        own = parsers[name]()
+        own.add_argument("--debug", action="store_true", help="on an error, show where in the code it came up")
+        verbs.add_subcommand(name, own, help=VERBS[name].__doc__)
     return parser
 
 
@@ -385,6 +451,8 @@ def _training_parser(base: str | None = None, backbone: Arguments | None = None)
     parser.add_argument("--level", type=str, default=None, help="use structures at this level of theory only")
     help = "let labels of several levels of theory share a head"
     parser.add_argument("--allow-mixed", action="store_true", help=help)
+    help = "keep with the model how large its errors are, by its validation structures"
+    parser.add_argument("--calibrate", type=bool, default=True, help=help)
     parser.add_argument(
         "--held-out", nargs="+", type=str, default=None, help="test structures: what matches them is not trained on"
     )
@@ -413,6 +481,21 @@ def _predict_parser() -> Parser:
     _label_arguments(parser)
     help = "give energies also of structures with elements that no label had"
     parser.add_argument("--allow-unseen", action="store_true", help=help)
+    help = "probability with which a label lies within its interval, where the model knows its errors"
+    parser.add_argument("--interval", type=float, default=0.9, help=help)
+    return parser
+
+
+def _suggest_parser() -> Parser:
+    parser = _model_parser(parts=False)
+    parser.add_argument("--out", type=str, required=True, help="an .extxyz file for the chosen structures, in order")
+    parser.add_argument("--n", type=int, default=50, help="how many structures to choose")
+    help = "structures that have labels already, or will have"
+    parser.add_argument("--labelled", nargs="+", type=str, default=None, help=help)
+    help = "variance, of what remains unknown of the pool; k-center, of the features; or random"
+    parser.add_argument("--method", type=str, default="variance", help=help)
+    parser.add_argument("--seed", type=int, default=0, help="of random choice")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
 
@@ -457,6 +540,23 @@ def _leaks_parser() -> Parser:
     parser.add_argument("data", nargs="+", type=str, help="structures to train on: files, folders, packed sets")
     parser.add_argument("--held-out", nargs="+", type=str, required=True, help="structures to test on")
     parser.add_argument("--tolerance", type=float, default=0.05, help="fraction by which distances may differ")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _doctor_parser() -> Parser:
+    parser = Parser()
+    parser.add_argument("data", nargs="+", type=str, help="structures: files, folders, packed sets")
+    parser.add_argument("--base", type=str, default=None, help="model to fine-tune: a file, a run folder or small")
+    help = "structures that the base was trained on, to look for test structures among them"
+    parser.add_argument("--base-data", nargs="+", type=str, default=None, help=help)
+    parser.add_argument("--held-out", nargs="+", type=str, default=None, help="test structures to look for in the data")
+    parser.add_argument("--split-key", type=str, default=None, help="KEY that splits the data; else all that look so")
+    _label_arguments(parser)
+    help = "fraction of the sum of covalent radii below which atoms are too close"
+    parser.add_argument("--shortest", type=float, default=0.5, help=help)
+    parser.add_argument("--out", type=str, default=None, help="folder for doctor.html and doctor.json")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
@@ -570,6 +670,9 @@ def _relax_parser() -> Parser:
     parser.add_argument("--cell", action="store_true", help="relax the cells too")
     parser.add_argument("--optimizer", type=str, default="FIRE", help="FIRE or LBFGS")
     parser.add_argument("--steps", type=int, default=500, help="of each structure, at most")
+    parser.add_argument("--engine", type=str, default="ase", help="ase, or torch-sim (an extra): many at once")
+    help = "of structures that move at once, with torch-sim; a GPU takes some 100000"
+    parser.add_argument("--edges", type=int, default=10_000, help=help)
     _simulation_arguments(parser)
     return parser
 
@@ -701,9 +804,13 @@ def _yaml(content: Any) -> str:
     return yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True, width=110)
 
 
-def _readable(message: str, options: Sequence[str]) -> str:
+def _readable(message: str, options: Sequence[str], config: str | None = None) -> str:
     """What jsonargparse says in one sentence, with the valid names nearest to an unknown one."""
     text = " ".join(message.split())
+    if found := re.search(r"(?:Problems parsing|Unexpected) config: (.*)", text):
+        cause = found[1].replace(' in "<unicode string>",', " in")
+        cause = cause if len(cause) < 300 else f"{cause[:297]}..."
+        return f"Problems parsing config {config}: {cause}; write the options in it as YAML"
     keys = re.findall(r'Parser key "([\w.-]+)"', text)  # the outer first
     option = f"--{'.'.join(keys)}"
     bases: dict[str, type] = {"objective": Objective, "backbone": Backbone}
@@ -742,6 +849,28 @@ def _options(verb: str) -> list[str]:
         return []
     verbs = next(action._name_parser_map for action in _parser(verb)._actions if hasattr(action, "_name_parser_map"))
     return [option for action in verbs[verb]._actions for option in action.option_strings]
+
+
+def _check_teacher(teacher: str | None, argv: Sequence[str]) -> None:
+    """Refuse code that a configuration names; only who types runs it."""
+    typed = any(word.partition("=")[0] == "--teacher" for word in argv)
+    if teacher is not None and ":" in teacher and not typed and not Path(teacher).exists():
+        raise InputError(
+            f"the teacher {teacher} is code, which a configuration cannot name: give it on the command line (--teacher)"
+        )
+
+
+def _config_of(argv: Sequence[str]) -> str | None:
+    """The last configuration file of a command."""
+    words = list(chain(*(word.split("=", 1) if word.startswith("--config=") else [word] for word in argv)))
+    named = [after for word, after in pairwise(words) if word == "--config"]
+    return named[-1] if named else None
+
+
+def _trace(argv: Sequence[str]) -> None:
+    """The traceback of an error, where it was asked for."""
+    if "--debug" in argv or os.environ.get("TRANSFERMIUM_DEBUG"):
+        traceback.print_exc()
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

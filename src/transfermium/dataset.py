@@ -366,4 +366,9 @@ def _again(found: Split, path: str, total: int) -> Split:
     """A split of an earlier run, on the same structures."""
     if found.total != total:
         raise InputError(f"{path} splits {found.total} structures, but there are {total}: is it of other data?")
+    used = np.concatenate([found.train, found.valid, *([] if found.test is None else [found.test])])
+    if len(np.unique(used)) < len(used) or (len(used) and not 0 <= used.min() <= used.max() < total):
+        raise InputError(f"{path} names a structure twice, or one that is not there: it is damaged, split anew")
+    if not len(found.train):
+        raise InputError(f"{path} leaves no structure to train on: split anew")
     return replace(found, reason=f"as in {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,14 +30,16 @@ from .dataset import subtractable
 from .errors import InputError
 from .graph import to_batch, to_graph
 from .heads import EnergyHead
-from .model import Model, load, rebuilt, write_whole
+from .model import Model, check_file, load, rebuilt, write_whole
 from .objectives import MaskAtoms, MaskPositions, Objective, Together
 from .objectives.base import label as as_label
 from .train import chosen_device, evaluate_loss, in_parts
+from .uncertainty import OF_ATOMS, Uncertainty, percent, why_not
 from .unseen import WITHOUT
 
 T = TypeVar("T")
 
+BOUND = re.compile(r"\w+_(low|high|error)[\d.]+|training_distance|far")  # keys of intervals
 PRINTED = {"eV/atom": ("meV/atom", 1e3), "eV/Å": ("meV/Å", 1e3), "eV/Å^3": ("GPa", 160.21766208)}
 
 
@@ -222,6 +225,7 @@ def predict(
     edges: int = 10_000,
     device: str = "auto",
     allow_unseen: bool = False,
+    interval: float | None = None,
     verbose: bool = True,
 ) -> list[ase.Atoms]:
     """Copies of the structures with what the model predicts in place of any labels.
@@ -237,6 +241,11 @@ def predict(
         label, unit: the key of a cheap value, and the unit it is given in; by default those of training.
         allow_unseen: give energies also of structures with elements that no label had (see `without_reference`), which
             are left out, and said to be so, by default; forces and stresses do not depend on it.
+        interval: with this probability, such as 0.9, a new label lies between NAME_low90 and NAME_high90, which are
+            stored in `atoms.info`; of forces, stress and what else has many components, NAME_error90 is a bound of the
+            error (`transfermium.uncertainty.scores`). Then "training_distance" is how far a structure lies from the
+            training data, one being the edge of what validation had, and "far" says whether it is beyond, or has an
+            element that the model never saw. Models that were not calibrated have none of these, which is said.
 
     Raises:
         InputError: naming a structure that lacks such a value.
@@ -245,17 +254,20 @@ def predict(
     model = (model if isinstance(model, Model) else load(model)).whole(part)
     given = read(structures)
     ending = Path(out).suffix.lower() if out is not None else ".extxyz"
+    check_file(out)
     if ending not in (".extxyz", ".xyz", ".csv"):
         raise InputError(f"{out} ends in '{ending}', but predictions are written to .extxyz, .xyz or .csv")
     tell_unseen(model, given, verbose)
     lacking = _lacking(model, given, allow_unseen, verbose)
     added, cheap = _cheap(model, given, label or {}, unit or {}, verbose)
+    doubt = _doubt(model, interval, verbose)
 
     model = model.to(chosen_device(device)).eval()
 
     def work(members: list[int]) -> dict[int, ase.Atoms]:
         chosen = [given[i] for i in members]
-        outputs = model(to_graph(chosen, model.backbone.edges))
+        graph = to_graph(chosen, model.backbone.edges)
+        outputs = model(graph)
         sizes = [len(atoms) for atoms in chosen]
         parts = {name: _by_structure(model, name, values, sizes) for name, values in outputs.items()}
         for name, minus in added.items():
@@ -265,12 +277,19 @@ def predict(
             if lacking[i]:
                 parts["energy"][k] = np.full(1, np.nan)
         own = ({n: r[k] if model.per_atom(n) else r[k][0] for n, r in parts.items()} for k in range(len(members)))
-        return {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
+        found = {i: _with_outputs(a, o, model) for i, a, o in zip(members, chosen, own, strict=True)}
+        if doubt is not None and interval is not None:
+            bounds = doubt.bounds(model, graph, parts, interval)
+            for k, i in enumerate(members):
+                found[i].info |= _bounded(model, found[i], {name: values[k] for name, values in bounds.items()})
+        return found
 
     predicted: dict[int, ase.Atoms] = {}
     for some in shared(parts(model, given, edges), work, given, "predicting", not verbose):
         predicted |= some
     results = [predicted[index] for index in range(len(given))]
+    if doubt is not None and interval is not None and verbose:
+        _tell_doubt(doubt, results, interval)
     if out is not None and distributed.rank() == 0:
         text = io.StringIO()
         if ending == ".csv":
@@ -319,7 +338,10 @@ def objective_of(model: Model) -> Objective:
     """The objective a model was last trained on, from its card."""
     if "objective" not in model.card:
         raise InputError("this model was never trained: its card names no objective")
-    return rebuilt(model.card["objective"], Objective)
+    try:
+        return rebuilt(model.card["objective"], Objective)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the objective in the model's card cannot be made: {error}; train the model again") from None
 
 
 def _as_in_training(
@@ -381,6 +403,8 @@ def _cheap(
 
 def parts(model: Model, structures: Sequence[ase.Atoms], budget: int) -> list[list[int]]:
     """Batches of at most `budget` edges, as indices."""
+    if budget < 1:
+        raise InputError(f"edges is {budget}, but must be above zero")
     counts = count_edges(structures, model.backbone.edges)
     return [[int(i) for i in part] for part in plan(counts, budget, np.arange(len(structures)))]
 
@@ -518,12 +542,60 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
     return result
 
 
+def _doubt(model: Model, interval: float | None, verbose: bool) -> Uncertainty | None:
+    """What is known of the errors of a model, where intervals are wanted; says why there is nothing."""
+    if interval is None:
+        return None
+    if not 0 < interval < 1:
+        raise InputError(f"the interval is {interval}, but must be a probability between 0 and 1, such as 0.9")
+    found = Uncertainty.of(model)
+    if found is None and verbose:
+        console.print(f"No intervals with this model: {why_not(model)}", style="dim", markup=False)
+    for one in (found.intervals if found else {}).values():
+        one.width(interval)  # a level that it cannot give is said before any work
+    return found
+
+
+def _bounded(model: Model, atoms: ase.Atoms, bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """What to store of the bounds of one structure; unseen elements are far, whatever the distance."""
+    far = bool(bounds["far"]) or bool(unseen_elements(model, atoms.numbers))
+    known = {name: float(value) for name, value in bounds.items() if name != "far" and np.isfinite(value)}
+    return {**known, "far": far}
+
+
+def _tell_doubt(doubt: Uncertainty, results: Sequence[ase.Atoms], level: float) -> None:
+    """Typical widths of intervals, and how many structures they mean little for."""
+    told = []
+    sizes = np.array([max(len(atoms), 1) for atoms in results])
+    for one in doubt.intervals.values():
+        ends = [[atoms.info.get(f"{one.quantity}_{end}{percent(level)}", np.nan) for atoms in results] for end in ENDS]
+        low, high, bound = np.array(ends)
+        half = np.where(np.isfinite(bound), bound, (high - low) / 2) / (sizes if one.label.kind == "sum" else 1)
+        if np.isfinite(half).any():
+            unit, factor = PRINTED.get(one.unit, (one.unit, 1.0))
+            which = {"atoms": f" (for {OF_ATOMS:.0%} of the atoms)", "tensor": " (all components)"}
+            told.append(
+                f"{one.quantity} ± {np.nanmedian(half) * factor:.3g} {unit}".strip() + which.get(one.label.kind, "")
+            )
+    if told:
+        console.print(f"{percent(level)} % intervals, of a typical structure: {', '.join(told)}", markup=False)
+    if n := sum(bool(atoms.info.get("far")) for atoms in results):
+        console.print(
+            f"[yellow]Far from the training data, where intervals promise nothing: {n:,} of {len(results):,} "
+            "structures, marked as far[/yellow]"
+        )
+
+
+ENDS = ("low", "high", "error")
+
+
 def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) -> None:
     """One line per structure: index, any id, formula and what there is per structure."""
     ids = [key for key in ("id", "mbid", "material_id", "name", "file") if any(key in a.info for a in results)]
     names = [stored_as(model, name) for name in model.outputs if not model.per_atom(name)]
     stress = ["stress_xx", "stress_yy", "stress_zz", "stress_yz", "stress_xz", "stress_xy"]
     columns = [c for name in names for c in (stress if name == "stress" else [name])]
+    columns += dict.fromkeys(key for atoms in results for key in atoms.info if BOUND.fullmatch(key))
     writer = csv.writer(file)
     writer.writerow(["index", *ids, "formula", *columns])
     for index, atoms in enumerate(results):

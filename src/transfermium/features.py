@@ -16,7 +16,7 @@ from .data.read import Source, read
 from .errors import InputError
 from .evaluate import parts, shared, tell_unseen
 from .graph import to_graph
-from .model import SMOOTH, Model, load
+from .model import SMOOTH, Model, check_file, load
 from .train import chosen_device
 
 
@@ -52,6 +52,7 @@ def features(
     model = model if isinstance(model, Model) else load(model)
     given = read(structures)
     ending = Path(out).suffix.lower() if out is not None else ".parquet"
+    check_file(out)
     if ending not in (".parquet", ".csv"):
         raise InputError(f"{out} ends in '{ending}', but features are written to .parquet or .csv")
     tell_unseen(model, given, verbose)

@@ -19,6 +19,7 @@ from .errors import InputError
 LARGEST_EXTENT = 1e4  # Å; neighbour searches over larger boxes can exhaust memory
 LARGE = 5_000  # atoms; the memory of searches in larger structures is given back
 SHORTEST_DISTANCE = 1e-3  # Å; directions between closer atoms are noise
+LEAST_ROOM = 0.1  # Å^3 per atom (also Å or Å^2 of a wire or slab); less is no matter, and has neighbours without end
 FIRST_LOOK = 1.65  # Å times the cube root of twice the atoms wanted: a ball that holds them in most solids
 
 
@@ -304,8 +305,8 @@ def _checked_cell(atoms: ase.Atoms) -> np.ndarray:
     """The cell, with zeros where it is not periodic, of a structure whose neighbours can be searched."""
     cell = np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)
     fits = atoms.positions.max() - atoms.positions.min() < LARGEST_EXTENT and np.abs(cell).max() < LARGEST_EXTENT / 2
-    if fits and (np.linalg.det(cell) > 1e-3 or not atoms.pbc.any()):  # nearly all: the rest takes a closer look
-        return cell
+    if fits and (np.linalg.det(cell) > LEAST_ROOM * len(atoms) or not atoms.pbc.any()):
+        return cell  # nearly all: the rest takes a closer look
 
     positions, axes, name = atoms.positions, cell[atoms.pbc], atoms.get_chemical_formula()
     if not np.isfinite(positions).all():
@@ -316,6 +317,10 @@ def _checked_cell(atoms: ase.Atoms) -> np.ndarray:
         raise InputError(f"{name} is periodic but its cell has no volume: set pbc to False or give a cell")
     if np.linalg.norm(axes, axis=1).max(initial=0.0) > LARGEST_EXTENT:
         raise InputError(f"{name} has a cell longer than {LARGEST_EXTENT:.0f} Å: is it in Å?")
+    room = np.sqrt(np.linalg.det(axes @ axes.T))  # length, area or volume
+    if room < LEAST_ROOM * (len(atoms) if len(axes) == 3 else 1):
+        unit = ("Å", "Å^2", "Å^3")[len(axes) - 1]
+        raise InputError(f"{name} has a cell of {room:.2g} {unit}, too small for its atoms: is it in Å?")
     return cell
 
 

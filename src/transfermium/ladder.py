@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import distributed
+from .calibrate import judge_choice
 from .console import console, table
 from .errors import InputError
 from .evaluate import PRINTED
-from .model import Model
+from .model import Model, write_whole
 from .objectives import Objective
 from .probe import probes
 from .run import write_json
@@ -99,10 +99,12 @@ def climbed(
         return run(names[-1], None if folder is None else folder / "rungs" / names[-1])
     best: Model | None = None
     found: list[Rung] = []
+    reached: list[Model] = []
     for number, name in enumerate(names, 1):
         if verbose:
             console.print(f"[bold]Rung {number} of {len(names)}: {name}[/bold]")
         model, rung = _reached(run, name, None if folder is None else folder / "rungs" / name)
+        reached += [] if model is None else [model]
         if model is not None and rung.error < min((each.error for each in found), default=math.inf):
             best = model
         found.append(rung)
@@ -111,13 +113,14 @@ def climbed(
         raise InputError("no rung predicts a finite number for a validation structure: look at the labels and the base")
     ladder = {"taken": taken.name, "rungs": [rung._asdict() for rung in found]}
     best.card["history"][-1]["ladder"] = ladder
+    judge_choice(best, reached)
     if verbose:
         console.print(table("", printable_ladder(ladder)))
         console.print(f"Taken: {taken.name}, the best of {len(found)} rungs on {n_valid} validation structures")
     if folder is not None and distributed.rank() == 0:
         for path in (folder / "rungs" / taken.name).iterdir():
             if path.is_file() and path.name not in OWN:
-                shutil.copyfile(path, folder / path.name)
+                write_whole(folder / path.name, path.read_bytes())
         best.save(folder / "model.safetensors")
     return best
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import inspect
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -24,8 +26,17 @@ from .graph import AtomGraph, Cutoff
 from .heads import Head, LevelHead
 from .messages import EdgeFormula, Neighborhood, Radii, fixed_weights
 from .nn import Bessel, NodeInputs, lengths_and_directions, mlp
+from .untrusted import NoLargerThan, check_arguments, check_card, check_tensors
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCKS = bool(fcntl)  # of files and folders
 FORMAT = 1
+UNFINISHED = ".partial"  # at the end of names of files that are being written
+ATTACHED = "attached."  # before names of tensors in a file that are no weights
 SMOOTH = 1e-4  # under roots, or features would have a kink where vectors vanish or all atoms are alike
 SHIPPED = {file.stem: file for file in sorted((Path(__file__).parent / "pretrained").glob("*.safetensors"))}
 
@@ -67,6 +78,9 @@ class Model(nn.Module):
         for name, derivative in self.derivatives.items():
             if derivative.of not in self.heads:
                 raise InputError(f"output '{name}' derives '{derivative.of}', which is not a head of this model")
+        for name in inspect.signature(type(backbone)).parameters:
+            if type(value := getattr(backbone, name, None)) is int and value < 0:
+                raise InputError(f"{name} of {type(backbone).__name__} is {value}, but must not be negative")
         if self.derivatives and "derivatives" not in backbone.laws:
             name, derived = type(backbone).__name__, " and ".join(self.derivatives)
             raise InputError(
@@ -74,6 +88,7 @@ class Model(nn.Module):
                 "objective conservative=False, or choose another backbone"
             )
         self.card: dict[str, Any] = dict(card or {})
+        self.attached: dict[str, Tensor] = {}  # what the card tells of in numbers, saved beside the weights
 
         needs = frozenset().union(*(head.needs for head in self._heads().values()))
         self.bond_vectors: BondVectors | FreeVectors | None = None
@@ -147,6 +162,11 @@ class Model(nn.Module):
             model.card["metrics"] = {**metrics, "validation": errors}
         if model.bond_vectors is not None:
             model.bond_vectors = self.bond_vectors
+        model.attached = self.attached
+        if "targets" in (found := model.card.get("uncertainty", {})):
+            named = {t.removeprefix(f"{name} "): e for t, e in found["targets"].items() if t.startswith(f"{name} ")}
+            named = {t: {**e, "output": own[e["output"]]} for t, e in named.items()}
+            model.card["uncertainty"] = {**found, "targets": named}
         return model.train(self.training)
 
     def whole(
@@ -239,6 +259,7 @@ class Model(nn.Module):
         """
         card = {"format": FORMAT, **self.architecture(), **self.card}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        tensors |= {ATTACHED + name: t.contiguous() for name, t in self.attached.items()}
         write_tensors(path, tensors, {"transfermium": json.dumps(card)})
 
     def architecture(self) -> dict[str, Any]:
@@ -269,22 +290,34 @@ def load(path: str | Path) -> Model:
     try:
         card = json.loads(metadata["transfermium"])
         found = card.pop("format")
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not a transfermium model: its header has no readable card") from None
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise InputError(f"{path} has file format {found}, but this version reads {FORMAT}: update transfermium")
+    attached = {n.removeprefix(ATTACHED): tensors.pop(n) for n in list(tensors) if n.startswith(ATTACHED)}
     try:
-        backbone = rebuilt(card.pop("backbone"), Backbone)
-        outputs = {name: _rebuilt_output(spec) for name, spec in card.pop("outputs").items()}
-        dtype = {"float32": torch.float32, "float64": torch.float64}[card.pop("dtype")]
-        model = Model(backbone, outputs, card)
-        model.to(dtype).load_state_dict(tensors)
+        check_card(card)
+        check_arguments([card["backbone"], card["outputs"]], tensors)
+        with NoLargerThan(tensors):
+            model = _rebuilt_model(card)
+        check_tensors(tensors, model.state_dict())
+        model.attached = attached
+        model.load_state_dict(tensors)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or from another version: {reason}") from None
     return model.eval()
+
+
+def _rebuilt_model(card: Mapping[str, Any]) -> Model:
+    """The model that a card describes, with new weights."""
+    own = dict(card)
+    backbone = rebuilt(own.pop("backbone"), Backbone)
+    outputs = {name: _rebuilt_output(spec) for name, spec in own.pop("outputs").items()}
+    dtype = {"float32": torch.float32, "float64": torch.float64}[own.pop("dtype")]
+    return Model(backbone, outputs, own).to(dtype)
 
 
 def described(thing: Any) -> dict[str, Any]:
@@ -349,19 +382,92 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     write_whole(path, safetensors.torch.save(dict(tensors), dict(metadata or {})))
 
 
+def check_file(out: str | Path | None) -> None:
+    """Refuse a folder where a file is to be written, before there is anything to write."""
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"{out} is a folder: give the name of a file")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replace a file at once or not at all, also across a power cut."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is whole and on disk; `OSError` names `path` where a disk is full.
+
+    A process that is killed meanwhile leaves a hidden file, which the next one to write at `path` removes.
+    """
+    sweep(path.parent, path.name)
+    handle, temporary = _temporary(path)
+    lock = os.dup(handle) if LOCKS else os.open(os.devnull, os.O_RDONLY)  # Windows renames no open file
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)
         raise
+    finally:
+        os.close(lock)
+    sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new hidden file beside a path, held by this process; another one may sweep it away before it is."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+        if LOCKS:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return handle, name
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def held(path: str | Path) -> Iterator[bool]:
+    """Hold a file or folder, until the end or that of this process; whether nobody else does, as far as can be told."""
+    if not LOCKS:
+        yield False
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except OSError:  # another process does, or the file system has no locks
+            ours = False
+        yield ours
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove unfinished files and folders that processes left which were killed: of this name, or all in a folder."""
+    for left in folder.glob(f".{'*' if name is None else glob.escape(name)}.*{UNFINISHED}"):
+        with contextlib.suppress(OSError), held(left) as ours:
+            if ours and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif ours:
+                left.unlink()
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on disk, as far as its file system can."""
+    with contextlib.suppress(OSError):  # Windows cannot open folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -57,6 +57,9 @@ class NodeInputs(nn.Module):
     def __init__(self, width: int, elements: int = LAST_ELEMENT, inputs: Sequence[str] = ()):
         super().__init__()
         self.elements = elements
+        for name, value in (("width", width), ("elements", elements)):
+            if value < 1:
+                raise InputError(f"{name} is {value}, but must be at least one")
         self.element = nn.Embedding(elements + 1, width)  # row 0 is the dummy atom X
         self.inputs = nn.ModuleDict({name: nn.Linear(1, width, bias=False) for name in inputs})
         for weight in self.inputs.parameters():
@@ -138,6 +141,7 @@ class Gaussians(nn.Module):
 
     def __init__(self, n: int, cutoff: float):
         super().__init__()
+        _at_least_one(n)
         self.register_buffer("centers", torch.linspace(0, cutoff, n), persistent=False)
         self.gamma = 0.5 * ((n - 1) / cutoff) ** 2
 
@@ -152,6 +156,7 @@ class Bessel(nn.Module):
 
     def __init__(self, n: int, cutoff: float):
         super().__init__()
+        _at_least_one(n)
         self.register_buffer("frequencies", torch.arange(1, n + 1) * math.pi / cutoff, persistent=False)
         self.scale = math.sqrt(2 / cutoff)
 
@@ -165,6 +170,7 @@ class ExpNormal(nn.Module):
 
     def __init__(self, n: int, cutoff: float):
         super().__init__()
+        _at_least_one(n)
         self.rate = 5.0 / cutoff
         start = math.exp(-cutoff * self.rate)
         self.centers = nn.Parameter(torch.linspace(start, 1, n))
@@ -172,6 +178,11 @@ class ExpNormal(nn.Module):
 
     def forward(self, lengths: Tensor) -> Tensor:
         return torch.exp(-self.betas * (torch.exp(-self.rate * lengths.unsqueeze(1)) - self.centers) ** 2)
+
+
+def _at_least_one(n: int) -> None:
+    if n < 1:
+        raise InputError(f"a basis of {n} functions says nothing of a distance: choose 1 or more")
 
 
 def lengths_and_directions(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Relaxations of many structures, one after the other, into a file that grows."""
+"""Relaxations of many structures, one after the other or many at once, into a file that grows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import ase
@@ -33,6 +34,8 @@ def relax(
     cell: bool = False,
     optimizer: Literal["FIRE", "LBFGS"] = "FIRE",
     steps: int = 500,
+    engine: Literal["ase", "torch-sim"] = "ase",
+    edges: int = 10_000,
     part: str | None = None,
     device: str = "auto",
     allow_unseen: bool = False,
@@ -49,33 +52,46 @@ def relax(
         fmax: in eV/Å, the largest force that is left.
         cell: whether the cell relaxes too, by ASE's `FrechetCellFilter`.
         optimizer: "FIRE" is robust; "LBFGS" takes fewer steps near a minimum, and may climb to a saddle far from one.
+        engine: "ase" relaxes one structure after the other; "torch-sim", an extra, many at once, with FIRE.
+        edges: of torch-sim, how many the structures that move at once have together: a GPU takes some 100,000.
         part: which part of a model that learned several objectives, each with its own energy.
 
     Raises:
-        InputError: for a model without forces, elements that it never saw, cells that cannot be relaxed, and for a file
-            that holds something else.
+        InputError: for a model without forces, elements that it never saw, cells that cannot be relaxed, structures
+            that the engine cannot move, and for a file that holds something else.
     """
     if optimizer not in ("FIRE", "LBFGS"):
         raise InputError(f"there is no optimizer '{optimizer}': choose FIRE or LBFGS")
     if not (fmax > 0 and steps >= 0):
         raise InputError(f"fmax {fmax} eV/Å in {steps} steps cannot be reached: fmax is more than 0, steps not less")
+    together = None if engine == "ase" else _batched(engine, optimizer, edges)
     calculator = Calculator(model, device, allow_unseen, part=part)
     given = read(structures)
     check_forces(calculator.model, "relax")
     check_unseen(calculator, given)
     if cell:
         _check_cells(calculator.model, given)
+    if together:
+        together.check_structures(given, cell)
     if verbose and not forces_are_derivatives(calculator.model):
         console.print("Forces of this model are no derivatives of its energy: minima are where these forces vanish.")
-    asked = {"fmax": fmax, "cell": cell, "optimizer": optimizer, "steps": steps}
+    asked: dict[str, Any] = {"fmax": fmax, "cell": cell, "optimizer": optimizer, "steps": steps}
+    if together:
+        asked["engine"] = engine
     identity = {"model": weights_fingerprint(calculator.model), "structures": fingerprint(given), **asked}
     kept = None if out is None else _Relaxed(Path(out), identity)
 
     relaxed = [] if kept is None else kept.found()
     with bar(not verbose) as progress:
         task = progress.add_task("relaxing", total=len(given), completed=len(relaxed), note="")
-        for index in range(len(relaxed), len(given)):
-            atoms = _relaxed(given[index], calculator, fmax, cell, optimizer, steps)
+        first = len(relaxed)
+        if together:
+            simulated = together.TorchSim(calculator.model, device, allow_unseen)
+            results = together.relaxed_together(given, first, simulated, fmax, cell, steps, edges)
+        else:
+            rest = (given[index] for index in range(first, len(given)))
+            results = (_relaxed(atoms, calculator, fmax, cell, optimizer, steps) for atoms in rest)
+        for atoms in results:
             relaxed.append(atoms)
             if kept is not None:
                 kept.append(atoms)
@@ -149,14 +165,14 @@ class _Relaxed:
             if out.exists():
                 raise InputError(f"{out} exists and {self.list} does not say what it holds: choose another file")
             lines = [json.dumps(identity) + "\n"]
-            out.touch()
         elif json.loads(lines[0]) != identity:
             raise InputError(f"{out} holds other relaxations, of other structures or settings: choose another file")
         self.size = json.loads(lines[-1])["bytes"] if len(lines) > 1 else 0
-        if not out.exists() or out.stat().st_size < self.size:
+        if (out.stat().st_size if out.exists() else 0) < self.size:
             raise InputError(f"{out} is shorter than it was: delete {self.list} and it, and give the command again")
+        write_whole(self.list, "".join(lines).encode())  # first, for it says whose the other file is
+        out.touch()
         os.truncate(out, self.size)
-        write_whole(self.list, "".join(lines).encode())
         self.done = len(lines) - 1
 
     def found(self) -> list[ase.Atoms]:
@@ -173,6 +189,19 @@ class _Relaxed:
         row = {"formula": atoms.get_chemical_formula(), **told, "bytes": self.out.stat().st_size}
         with self.list.open("a") as file:
             file.write(json.dumps(row, default=float) + "\n")
+
+
+def _batched(engine: str, optimizer: str, edges: int) -> ModuleType:
+    """The module that relaxes many at once, where it can do what is asked."""
+    if engine != "torch-sim":
+        raise InputError(f"there is no engine '{engine}': choose ase or torch-sim")
+    if optimizer != "FIRE":
+        raise InputError(f"torch-sim relaxes with FIRE here, not with {optimizer}: choose FIRE, or the engine ase")
+    if edges < 1:
+        raise InputError(f"edges is {edges}, but at least one structure has to move: 10000 suits a CPU")
+    from . import torchsim
+
+    return torchsim
 
 
 def _check_cells(model: Model, structures: Sequence[ase.Atoms]) -> None:

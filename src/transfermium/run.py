@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ase
 import numpy as np
 
 from .errors import InputError
-from .model import write_whole
+from .model import UNFINISHED, sweep, write_whole
 
 WITHOUT_EFFECT = ("device", "workers", "accumulate")  # options that change where a run happens, not what it finds
 STATISTICS = ("rms", "minimum", "maximum")  # of labels, rounded otherwise where they are read as columns
 UNWRITTEN = {"batches per step": 1}  # what runs of earlier versions were, where they say nothing
+FIRST = {"config.json", "labels.json", "split.json", "metrics.csv", "metrics.jsonl"}  # before anything was learned
 HINTS = {"batches per step": "choose --accumulate times the number of processes to keep it"}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def leaving_nothing(verb: Callable[P, T]) -> Callable[P, T]:
+    """The same function of an `out` folder; what it began there is gone when its input turns out to be of no use."""
+
+    @functools.wraps(verb)
+    def careful(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = inspect.signature(verb).bind_partial(*args, **kwargs).arguments.get("out")
+        out = None if given is None else Path(given)
+        new = out is not None and not out.exists()
+        try:
+            return verb(*args, **kwargs)
+        except InputError:
+            if out is not None and new and out.is_dir() and {file.name for file in out.iterdir()} <= FIRST:
+                with contextlib.suppress(OSError):
+                    for file in out.iterdir():
+                        file.unlink()
+                    out.rmdir()
+            raise
+
+    return careful
 
 
 def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = False) -> Path | None:
@@ -48,11 +76,12 @@ def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = F
                 f"{f' (and {len(changed) - 1} more differ)' if len(changed) > 1 else ''}; "
                 f"{f'{hint}, or ' if hint else ''}choose another folder"
             )
-    elif not file.exists() and out.exists() and any(out.iterdir()):
+    elif not file.exists() and out.exists() and not all(path.name.endswith(UNFINISHED) for path in out.iterdir()):
         raise InputError(f"{out} exists and is not a run of transfermium: choose another folder")
     if read_only:
         return out
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)  # what a process that was killed left of files that it was writing
     if not begun:
         write_json(file, config)
     return out

@@ -30,7 +30,7 @@ from .dynamics import (
 )
 from .errors import InputError
 from .model import Model
-from .run import claim, fingerprint
+from .run import claim, fingerprint, leaving_nothing
 from .transfer import weights_fingerprint
 
 RDF_RADIUS = (6.0, 10.0)  # Å: half the width of the cell within these
@@ -40,6 +40,7 @@ Ensemble = Literal["nve", "nvt", "npt"]
 Thermostat = Literal["langevin", "bussi", "nose-hoover"]
 
 
+@leaving_nothing
 def md(
     model: str | Path | Model,
     structure: ase.Atoms | str | Path,
@@ -100,6 +101,12 @@ def md(
         raise InputError(f"skip is {skip} of {time}: leave something to average over")
     if row_every < 1:
         raise InputError(f"every is {every}, less than one step: write 10fs or 20steps")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, but must not be negative")
+    if not most_force > 0:
+        raise InputError(f"most_force is {most_force}, but must be above zero")
+    if pairs is not None and reference is None:
+        raise InputError("pairs are those compared with a reference: give one (--reference), or leave pairs out")
     calculator = Calculator(model, device, allow_unseen, part=part)
     atoms = _one(structure, index)
     check_forces(calculator.model, "simulate")

@@ -14,19 +14,22 @@ import ase
 import torch
 
 from . import __version__, distributed
+from .calibrate import calibrated
 from .card import card_of, examples, known_of, validated
 from .console import bar, console, table
 from .dataset import TrainingData
 from .equivariance import equivariance_error, told_of_equivariance
 from .errors import InputError
 from .evaluate import without_elements
+from .jacobian import direct_forces, jacobian_asymmetry
 from .lora import merged
 from .model import Model, described, load, write_whole
 from .objectives import Objective
 from .rehearsal import rehearse
-from .replay import Beside, Ledger, show_forgetting
+from .replay import NEW, Beside, Ledger, show_forgetting
 from .run import claim, write_json
 from .train import Progress, TrainConfig, chosen_device, read_metrics, train
+from .uncertainty import CrossChoice
 
 
 def configured(options: Mapping[str, Any], dtype: Literal["float32", "float64"] = "float32") -> TrainConfig:
@@ -70,6 +73,7 @@ def trained(
     two: Beside | None = None,
     ledger: Ledger | None = None,
     updates: Mapping[str, int] | None = None,
+    calibrate: bool = True,
 ) -> Model:
     """Run the loop, fill the card, write the run folder: the first process alone writes."""
     folder = folder if distributed.rank() == 0 else None
@@ -78,12 +82,14 @@ def trained(
         data.split.save(folder / "split.json")
 
     last = None
+    learned, valid = _learned(model, objective, data, two), two.valid if two else data.valid
+    cross = CrossChoice(*learned[:2], valid) if calibrate else None
     with bar(quiet=not verbose or config.n_steps == 0) as bars:
         counting = bars.add_task("finding neighbours", total=len(two.train if two else data.train), note="")
         task = bars.add_task("training", total=1.0, note="", start=False)
         progress = train(
-            *_learned(model, objective, data, two), config, valid=two.valid if two else data.valid, out=folder,
-            counting=lambda done: bars.update(counting, completed=done),
+            *learned, config, valid=valid, out=folder,
+            counting=lambda done: bars.update(counting, completed=done), cross=cross,
         )  # fmt: skip
         bars.remove_task(counting)
         for first, last in zip(chain([True], repeat(False)), progress, strict=False):
@@ -123,11 +129,22 @@ def trained(
             write_whole(folder / "validation.extxyz", some)
             content = {"errors": found.errors, "parity": found.parity, "structures": known}
             write_json(folder / "validation.json", content)
+    prefix = f"{NEW} " if two else ""
+    model.card["uncertainty"], model.attached = calibrated(
+        model, objective, cross, data.train, data.valid, config.edges, prefix
+    )
     if "rotation" not in model.backbone.laws:
         error = equivariance_error(model, data.valid if len(data.valid) else data.train, objective, seed=config.seed)
         model.card["equivariance error"] = error
         if verbose and error:
             console.print(f"Equivariance error of {type(model.backbone).__name__}: {told_of_equivariance(error)}")
+    if direct_forces(model):
+        structures = data.valid if len(data.valid) else data.train
+        asymmetry = jacobian_asymmetry(model, structures, objective, seed=config.seed)
+        if math.isfinite(asymmetry):
+            model.card["jacobian asymmetry"] = asymmetry
+            if verbose:
+                console.print(f"Asymmetry of the Jacobian of direct forces: {asymmetry:.2g}, where energy needs 0")
     model.to("cpu")
     if folder is not None:
         model.save(folder / "model.safetensors")
@@ -175,12 +192,15 @@ def _ending(last: Progress | None, folder: Path | None) -> dict[str, Any]:
     if last is not None:
         best = last.best if last.best is None or math.isfinite(last.best) else None
         seconds = {"seconds": round(last.elapsed, 1), "processor seconds": round(last.cpu, 1)}
-        return {"steps": last.step, **seconds, "best validation loss": best}
+        back = {"went back at step": last.went_back} if last.went_back else {}
+        return {"steps": last.step, **seconds, "best validation loss": best, **back}
     rows = read_metrics(folder) if folder is not None else []
     losses = [row["valid"] for row in rows if "valid" in row]
+    steps_back = [row["step"] for row in rows if row.get("went back")]
     return {
         "steps": rows[-1]["step"] if rows else 0,
         "seconds": round(rows[-1].get("elapsed", 0.0), 1) if rows else 0.0,
         "processor seconds": round(rows[-1].get("cpu", 0.0), 1) if rows else 0.0,
         "best validation loss": min(losses, default=None),
+        **({"went back at step": steps_back[0]} if steps_back else {}),
     }

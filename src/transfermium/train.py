@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -34,11 +34,14 @@ from .model import Model, read_tensors, write_tensors, write_whole
 from .objectives import Objective
 from .objectives.base import Loss
 from .optim import AdamW
+from .uncertainty import CrossChoice
 
 T = TypeVar("T")
 
 VALIDATED = 0.2  # batches validated for each one trained on, at most: without a step they cost half of it or more
 ROOM = "edges at once of process "
+SLOWER = 0.25  # times the learning rate, after a loss that was not finite
+MOST_NAMED = 10  # structures in a sentence
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip", "edges"):
-            if not getattr(self, name) > 0:
+            if not (getattr(self, name) or 0) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be above zero")
         for name in ("validate_every", "patience", "accumulate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -135,6 +138,7 @@ class Progress(NamedTuple):
     best: float | None
     elapsed: float  # seconds, earlier parts of a resumed run included
     cpu: float  # processor seconds of this process, likewise
+    went_back: int | None = None  # the step whose loss was not finite, if there was one
 
 
 def train(
@@ -147,6 +151,7 @@ def train(
     out: Path | None = None,
     save_every: float = 30.0,
     counting: Callable[[int], None] = lambda done: None,
+    cross: CrossChoice | None = None,
 ) -> Iterator[Progress]:
     """Train `model` in place, one optimiser step per item; after the last one it holds its best weights.
 
@@ -156,6 +161,11 @@ def train(
 
     A backbone whose laws do not name rotation sees each of `structures` in a new orientation every time, and `valid` as
     it is.
+
+    A step whose loss or gradient is not a finite number changes nothing. A structure with which that is so at the last
+    good weights too ends the run and is named. Otherwise training has diverged: it goes on from these weights, with a
+    quarter of every learning rate from then on, once in a run. The last good weights are the best validated so far;
+    without `valid`, the averaged ones before the part of the run, a twentieth by default, with the lowest mean loss.
 
     Under torchrun or srun all processes train together: each works on its share of every step and of the validation,
     all have the same weights after it, and the first one alone writes. Structures are read by the process that works on
@@ -167,21 +177,31 @@ def train(
         structures: with labels at their canonical places.
         save_every: seconds between saved states at most; less in the first minutes.
         counting: told how many structures have had their neighbours counted.
+        cross: of `valid`, to be filled; it leaves the run as it is.
+
+    Raises:
+        InputError: naming the structures, where a loss is not finite and going back did not help, where that of `valid`
+            is not before the first step, and where memory has no room for one structure alone.
     """
     config = config or TrainConfig()
     distributed.join()
-    run = _Run(model, objective, structures, config, valid, out, counting)
+    run = _Run(model, objective, structures, config, valid, out, counting, cross)
     return run.progress(save_every)
 
 
-def evaluate_loss(model: Model, batches: Batches, members: Sequence[np.ndarray]) -> dict[str, float]:
+def evaluate_loss(
+    model: Model, batches: Batches, members: Sequence[np.ndarray], cross: CrossChoice | None = None
+) -> dict[str, float]:
     """Mean weighted error of each term over all batches, with fixed noise; processes share the work."""
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
 
     def work(part: np.ndarray) -> dict[str, tuple[float, float]]:
         batch = batches[0, part].to(device_of(model))
-        terms = batches.objective.loss(model(batch.graph, batches.objective.wanted(batch.targets)), batch)
+        outputs = model(batch.graph, batches.objective.wanted(batch.targets))
+        terms = batches.objective.loss(outputs, batch)
+        if cross is not None:
+            cross.see(part, outputs, batch)
         return {name: (float(total.detach()), float(count)) for name, (total, count) in terms.items()}
 
     for part in distributed.own(members):
@@ -270,6 +290,7 @@ class _Run:
         valid: Sequence[ase.Atoms],
         out: Path | None,
         counting: Callable[[int], None],
+        cross: CrossChoice | None = None,
     ):
         if len(structures) == 0:
             raise InputError("there is no structure to train on")
@@ -277,6 +298,7 @@ class _Run:
         self.model = model.to(chosen_device(config.device), dtype)
         self.config = config
         self.out = out if distributed.rank() == 0 else None
+        self.cross = cross
         distributed.share([*self.model.parameters(), *self.model.buffers()])
 
         edges = model.backbone.edges
@@ -302,6 +324,12 @@ class _Run:
         self.like: dict[str, Tensor] = {}  # outputs of no rows, as the last ones were
         self.room = config.edges  # most edges at once that memory has had room for
         self.rooms: dict[str, float] = {}  # of each process whose memory has run out
+        self.went_back: int | None = None  # the step whose loss was not finite
+        self.candidate = [
+            a.clone() for a in self.average
+        ]  # where nothing validates: averaged weights, judged by the loss of steps after them
+        self.lowest: float | None = None  # mean loss of the steps after those that were best
+        self.recent = (0.0, 0)  # sum and number of losses after the candidate
 
     def progress(self, save_every: float) -> Iterator[Progress]:
         self._restore()
@@ -328,7 +356,10 @@ class _Run:
 
                 earlier, fraction = fraction, min(self._fraction(), 1.0)
                 valid = self._validate() if self._validation_is_due(earlier, fraction) else None
+                self._remember(loss)
                 row = {"step": self.step, "epoch": pieces[0].epoch, "lr": lr, **terms, "valid": valid}
+                if self.went_back == self.step:
+                    row["went back"] = True
                 if self.rooms:
                     row["edges at once"] = int(min(self.rooms.values()))
                 metrics.write({**row, "elapsed": round(self.elapsed, 3), "cpu": round(self.cpu, 3)})
@@ -337,7 +368,9 @@ class _Run:
                 if fraction >= 1 or self.finished or time.monotonic() - saved > due:
                     self._save()
                     saved = time.monotonic()
-                yield Progress(self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed, self.cpu)
+                yield Progress(
+                    self.step, fraction, loss, terms, lr, valid, self.best, self.elapsed, self.cpu, self.went_back
+                )
 
         chosen = self.average if self.best is None else self.best_weights
         self._load_weights(chosen)
@@ -357,21 +390,80 @@ class _Run:
         self.rooms = {name: terms.pop(name) for name in list(terms) if name.startswith(ROOM)}
         if not terms:  # no label in this step: nothing to learn from it
             return math.nan, {}
-        loss = sum(terms.values())
-        if not math.isfinite(loss):
-            bad = not all(map(math.isfinite, own.values()))
-            members = [int(i) for piece in pieces for i in piece.members]
-            indices = [original(self.batches.structures, i) for i in members] if bad else []
-            where = ", ".join(str(i) for part in distributed.gathered(indices) for i in part)
+        loss, what = sum(terms.values()), "loss"
+        if math.isfinite(loss):
+            distributed.sum_gradients(self.trained)
+            norm, what = torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip), "gradient of the loss"
+            if math.isfinite(norm):
+                self.optimizer.step()
+                self._update_average()
+                return loss, terms
+        self._go_back(what, pieces)
+        return math.nan, {}
+
+    def _go_back(self, what: str, pieces: Sequence[Dealt]) -> None:
+        """Return to the last good weights and go on more slowly; where that cannot help, say which structures are why.
+
+        Momenta begin anew at zero, which makes the first steps small; the sizes of gradients seen so far stay.
+        """
+        own = [(piece.epoch, part) for piece in pieces for part in plan(self.counts, self.room, piece.members)]
+        broken = self._broken(self.batches, own)
+        if not any(distributed.gathered(bool(broken))):  # only all together
+            broken = own
+        self._load_weights(self.best_weights)
+        faulty = self._broken(self.batches, broken)
+        told = f"the {what} is not finite at step {self.step + 1}, for "
+        if named := self._named(self.batches, faulty):
             raise InputError(
-                f"the loss is not finite at step {self.step + 1}, for the structures {where}: look at their labels, "
-                "or lower lr"
+                f"{told}{named}, and not with the last good weights either: look at labels and distances of atoms, or "
+                "leave them out"
             )
-        distributed.sum_gradients(self.trained)
-        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
-        self.optimizer.step()
-        self._update_average()
-        return loss, terms
+        told += self._named(self.batches, broken)
+        if self.went_back is not None:
+            raise InputError(
+                f"{told}, once more after step {self.went_back}, from when on the learning rate was {SLOWER:g} of what "
+                "it would have been: training diverges, so lower lr"
+            )
+        console.print(
+            f"[yellow]T{told[1:]}: going back to the last good weights, and on with {SLOWER:g} of the learning "
+            "rate[/yellow]"
+        )
+        self.went_back = self.step + 1
+        self.average, self.candidate = ([p.detach().clone() for p in self.trained] for _ in range(2))
+        self.recent = (0.0, 0)
+        for state in self.optimizer.state.values():
+            state["exp_avg"].zero_()
+
+    def _broken(self, batches: Batches, parts: Iterable[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        """Of parts (epoch, members) the structures which, alone, have a loss or a gradient that is not finite."""
+        found = []
+        for epoch, members in parts:
+            if self._is_finite(batches[epoch, members].to(device_of(self.model))):
+                continue
+            half = len(members) // 2
+            halves = [(epoch, members[:half]), (epoch, members[half:])]
+            found += self._broken(batches, halves) if half else [(epoch, members)]
+        return found
+
+    def _is_finite(self, batch: Batch) -> bool:
+        self.optimizer.zero_grad()
+        loss = [total.sum() for total, count in self._terms(batch).values() if count]
+        if loss and loss[0].requires_grad:
+            torch.stack(loss).sum().backward(inputs=self.trained)
+        numbers = [*loss, *(p.grad for p in self.trained if p.grad is not None)]
+        self.optimizer.zero_grad()
+        return all(bool(value.isfinite().all()) for value in numbers)
+
+    def _named(self, batches: Batches, parts: Sequence[tuple[int, np.ndarray]]) -> str:
+        """Structures of all processes, by index and formula; empty where there are none."""
+        members = [int(index) for _, part in parts for index in part]
+        own = [(original(batches.structures, i), batches.structures[i].get_chemical_formula()) for i in members]
+        each = sorted({one for some in distributed.gathered(own) for one in some})
+        if not each:
+            return ""
+        words = ", ".join(f"{index} ({formula})" for index, formula in each[:MOST_NAMED])
+        more = f" and {len(each) - MOST_NAMED} more" if len(each) > MOST_NAMED else ""
+        return f"{'structure' if len(each) == 1 else 'structures'} {words}{more}"
 
     def _within_memory(self, pieces: Sequence[Dealt]) -> dict[str, float]:
         """`_backward`, with the same structures in smaller batches when memory runs out, and from then on."""
@@ -469,6 +561,8 @@ class _Run:
             factor = max(fraction, 1 / 1000) / warmup
         else:
             factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
+        if self.went_back is not None:
+            factor *= SLOWER
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         return self.config.lr * factor
@@ -490,6 +584,18 @@ class _Run:
             return max(50, cheap)
         return max(int(self.config.n_steps) // 20, cheap)
 
+    def _remember(self, loss: float) -> None:
+        """Where nothing validates, keep averaged weights after which the loss of training was lowest as good ones."""
+        if self.valid_members:
+            return
+        if math.isfinite(loss):
+            self.recent = (self.recent[0] + loss, self.recent[1] + 1)
+        if self.step % max(self.validate_every, 1) == 0 and self.recent[1]:
+            mean = self.recent[0] / self.recent[1]
+            if self.lowest is None or mean < self.lowest:
+                self.lowest, self.best_weights = mean, self.candidate
+            self.candidate, self.recent = [a.clone() for a in self.average], (0.0, 0)
+
     def _validate(self) -> float | None:
         """Loss of the averaged weights on the validation set; they are kept when it is the lowest so far."""
         if not self.valid_members:
@@ -497,11 +603,20 @@ class _Run:
         current = [p.detach().clone() for p in self.trained]
         self._load_weights(self.average)
         self.model.eval()
-        terms = evaluate_loss(self.model, self.valid, self.valid_members)
+        terms = evaluate_loss(self.model, self.valid, self.valid_members, self.cross)
+        if self.cross is not None:
+            self.cross.settle()
         if not terms:
             raise InputError("no validation structure has a label of this objective: give others, or valid_fraction=0")
         total = distributed.from_first(lambda: sum(terms.values()))  # one decides, or roundings might
         loss = total if math.isfinite(total) else math.inf
+        if self.best is None and not math.isfinite(loss):
+            parts = [(0, members) for members in distributed.own(self.valid_members)]
+            named = self._named(self.valid, self._broken(self.valid, parts)) or "all together"
+            raise InputError(
+                f"the loss of validation is not finite before the first step, for {named}: look at labels and at "
+                "distances of atoms, or leave them out"
+            )
         self._load_weights(current)
 
         if self.best is None or loss < self.best:
@@ -547,7 +662,11 @@ class _Run:
         }
         tensors = {f"{name}.{i}": t.detach().cpu().clone() for name, ts in lists.items() for i, t in enumerate(ts)}
         tensors["updates"] = torch.tensor([float(a.get("step", 0.0)) for a in adam], dtype=torch.float64)
-        names = ("step", "place", "elapsed", "cpu", "best", "unimproved", "finished", "rooms")
+        tensors |= self.cross.state() if self.cross is not None else {}
+        if not self.valid_members:
+            tensors |= {f"candidate.{i}": t.detach().cpu().clone() for i, t in enumerate(self.candidate)}
+        names = ["step", "place", "elapsed", "cpu", "best", "unimproved", "finished", "rooms"]
+        names += ["went_back", "lowest", "recent"]
         numbers = {name: getattr(self, name) for name in names}
         write_tensors(self.out / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
 
@@ -564,11 +683,15 @@ class _Run:
             dealt = dealing(self.counts, self.config.edges, self.config.seed, share=self.share)
             for _, _, place in islice(dealt, self.step * self.config.accumulate):
                 self.place = place
+        if self.cross is not None:
+            self.cross.restore(tensors)
         for i, p in enumerate(self.trained):
             with torch.no_grad():
                 p.copy_(tensors[f"weights.{i}"])
             self.average[i].copy_(tensors[f"average.{i}"])
             self.best_weights[i].copy_(tensors[f"best.{i}"])
+            if f"candidate.{i}" in tensors:
+                self.candidate[i].copy_(tensors[f"candidate.{i}"])
             if tensors["updates"][i]:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(tensors["updates"][i])),
@@ -614,7 +737,7 @@ def _counted(batches: Batches, counting: Callable[[int], None] = lambda done: No
 
 def _is_out_of_memory(error: Exception) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _no_room(structures: Sequence[ase.Atoms], index: int, n_edges: int | None = None) -> InputError:

@@ -28,13 +28,14 @@ from .objectives import Objective, Property
 from .objectives.base import told
 from .probe import probed, probes, told_of_probe
 from .replay import Ledger, beside, check_ledger, chosen_replay
-from .run import fingerprint
+from .run import fingerprint, leaving_nothing
 from .stage import claimed, configured, lasting, rehearsed, trained
 from .teacher import taught
 from .train import chosen_device
 from .unseen import check_policy, settle_unseen, unseen_in_words
 
 
+@leaving_nothing
 def pretrain(
     structures: Source | Mapping[str, Source],
     objective: Objective,
@@ -54,6 +55,7 @@ def pretrain(
     provenance: Mapping[str, str] | None = None,
     level: str | None = None,
     allow_mixed: bool = False,
+    calibrate: bool = True,
     dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
@@ -83,6 +85,9 @@ def pretrain(
             "corrections" to any text; of one part of several, as {"pbe.code": "VASP"}.
         level: use the structures at this level of theory only, as `info["level"]` (or "functional", "xc") names it.
         allow_mixed: labels of several levels of theory may share a head, which is refused otherwise.
+        calibrate: take from the validation structures how large errors are, and keep it with the model, for intervals
+            and for telling what lies far from the training data (`transfermium.uncertainty`); the training stays as it
+            is.
         dry_run: only say what the run would take, or what is left of it where `out` holds a part of it, measured on a
             few steps; nothing is written. The model that is returned was not trained; its card has the numbers under
             "dry run".
@@ -128,9 +133,12 @@ def pretrain(
     report = settle_unseen(model, settled, samples, {}, validated=data.validated)
     if dry_run:
         return rehearsed(model, settled, data, settings, folder, verbose)
-    return trained(model, settled, data, settings, folder, asked, history=[], report=report, verbose=verbose)
+    return trained(
+        model, settled, data, settings, folder, asked, history=[], report=report, verbose=verbose, calibrate=calibrate
+    )
 
 
+@leaving_nothing
 def finetune(
     base: str | Path | Model,
     structures: Source | Mapping[str, Source],
@@ -159,6 +167,7 @@ def finetune(
     provenance: Mapping[str, str] | None = None,
     level: str | None = None,
     allow_mixed: bool = False,
+    calibrate: bool = True,
     dry_run: bool = False,
     verbose: bool = True,
     **config: Any,
@@ -265,7 +274,7 @@ def finetune(
         return rehearsed(model, settled, data, settings, folder, verbose, two)
     return trained(
         model, settled, data, settings, folder, asked, base.card.get("history", []), report, verbose, base,
-        two=two, ledger=book, updates=updates,
+        two=two, ledger=book, updates=updates, calibrate=calibrate,
     )  # fmt: skip
 
 

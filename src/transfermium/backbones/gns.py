@@ -62,7 +62,7 @@ class GNS(Backbone):
         self.node_inputs = NodeInputs(width, elements, inputs)
         self.told = VectorInputs(width, vector_inputs, components=True)
         self.encode_atoms = normed(width, width, width, width)
-        self.basis = Bessel(radial, cutoff)
+        self.basis = Bessel(radial, cutoff) if radial else None
         self.encode_edges = normed(4 + radial, width, width, width)
         self.messages = nn.ModuleList([Message(width) for _ in range(depth)])
         self.updates = nn.ModuleList([Update(width) for _ in range(depth)])
@@ -76,7 +76,8 @@ class GNS(Backbone):
         relative = torch.cat([vectors, lengths.unsqueeze(1)], dim=1) / self.cutoff  # (n_edges, 4)
         told, _ = self.told(graph)
         v = self.encode_atoms(plus(self.node_inputs(graph), told))
-        e = self.encode_edges(torch.cat([relative, self.basis(lengths)], dim=1))
+        told = [relative] if self.basis is None else [relative, self.basis(lengths)]
+        e = self.encode_edges(torch.cat(told, dim=1))
         for message, update in zip(self.messages, self.updates, strict=True):
             m = message(v, e, graph)
             e = e + m

@@ -1,16 +1,19 @@
 """One file of any format and compression → the structures in it."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
 import logging
 import lzma
+import re
 import shutil
 import sqlite3
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,11 @@ from ..errors import InputError
 log = logging.getLogger(__name__)
 
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+LAST_ELEMENT = 118
+MOST_DIGITS = 15  # of a number of atoms
+MOST_EMPTY = 100  # columns of which it is left to ASE to say that they are not there
+PROPERTIES = re.compile(r'\bProperties\s*=\s*("[^"]*"|\S+)')
+PBC = re.compile(r'\bpbc\s*=\s*(?:"([^"]*)"|(\[[^\]]*\]|\S+))')
 PAGE = 1000  # rows of a database that are fetched together
 
 
@@ -65,6 +73,8 @@ def check(atoms: Atoms, where: str) -> None:
         raise InputError(f"{where} has no atoms; remove it")
     if not (atoms.numbers > 0).all():
         raise InputError(f"{where}: atom {int(np.argmin(atoms.numbers > 0))} has no element (X); remove dummy atoms")
+    if atoms.numbers.max() > LAST_ELEMENT:
+        raise InputError(f"{where} has the atomic number {atoms.numbers.max()}, which is no element; correct it")
     if not np.isfinite(atoms.positions).all():
         atom = int(np.argmin(np.isfinite(atoms.positions).all(axis=1)))
         raise InputError(f"{where}: the position of atom {atom} is not finite; remove the structure")
@@ -165,26 +175,40 @@ def _xyz_frames(path: Path) -> Iterator[Atoms]:
                 line = lines.readline()
                 continue
 
-            if not line.strip().isdecimal():
+            if not line.strip().isdecimal() or len(line.strip()) > MOST_DIGITS:
                 raise InputError(
                     f"{path}: structure {index} should begin with its number of atoms, not with "
                     f"{line.strip()[:40]!r}; is the structure before it complete?"
                 )
             n_atoms = int(line)
-            frame = [line, *(lines.readline() for _ in range(n_atoms + 1))]
-            if not frame[-1]:
+            frame = [line, *islice(lines, n_atoms + 1)]
+            if len(frame) < n_atoms + 2:
                 raise InputError(f"{path}: structure {index} is cut short, its {n_atoms} atoms are not all there")
             line = lines.readline()
             while line.lstrip().startswith("VEC"):  # cell vectors in the way of ADF
                 frame.append(line)
                 line = lines.readline()
 
+            _check_header(frame, f"{path}: structure {index}")
             try:
                 yield next(read_xyz(io.StringIO("".join(frame)), 0))
             except Exception as error:
                 kind = type(error).__name__
                 raise InputError(f"{path}: structure {index} cannot be read ({kind}: {error})") from error
             index += 1
+
+
+def _check_header(frame: list[str], where: str) -> None:
+    """Refuse more columns than there are, which ASE would make room for, and words for pbc, all true to ASE."""
+    found = PROPERTIES.search(frame[1])
+    columns = found[1].strip('"').split(":")[2::3] if found else []
+    there = len(frame[2].split()) if len(frame) > 2 else 0
+    if any(len(n) > MOST_DIGITS or (n.isdecimal() and int(n) > max(there, MOST_EMPTY)) for n in columns):
+        raise InputError(f"{where} cannot be read: Properties names more columns than the {there} that there are")
+    found = PBC.search(frame[1])
+    words = re.split(r"[\s,\[\]]+", (found[1] or found[2]).strip("[] ")) if found else []
+    if unknown := [word for word in words if word.lower() not in ("t", "f", "true", "false", "1", "0")]:
+        raise InputError(f"{where} has the pbc {unknown[0]!r}, which is neither T nor F; correct it")
 
 
 def open_text(path: Path) -> Any:
@@ -207,6 +231,10 @@ def _database(path: Path) -> Iterator[Atoms]:
 def _rows(path: Path) -> Iterator[Any]:
     from ase.db import connect
 
+    if path.suffix.lower() == ".db":
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as tables:
+            if not tables.execute("SELECT name FROM sqlite_master WHERE name = 'systems'").fetchone():
+                raise InputError(f"{path}: an SQLite database, but not one of ASE; check the file")  # ASE makes it one
     database = connect(str(path), use_lock_file=False)
     if path.suffix.lower() != ".db":
         yield from database.select()

@@ -570,6 +570,8 @@ def _converted(atoms: Atoms, quantity: str, found: Found, given_unit: str | None
     """A value in our units: float for a single number, else a float64 array."""
     place, key, raw = found
     name = f"{where}: {key!r} ({place})"
+    if quantity in KEYS and isinstance(raw, bool | np.bool_):
+        raise InputError(f"{name} is {raw}, which is no number; correct it or leave it out")
     try:
         value = np.array(raw, dtype=float)
     except (TypeError, ValueError) as error:

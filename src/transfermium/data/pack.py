@@ -18,6 +18,8 @@ import numpy as np
 from ase import Atoms
 
 from ..errors import InputError
+from ..model import UNFINISHED, held, sweep, sync_folder
+from ..untrusted import check_kinds
 from .labels import Label, Labels
 from .provenance import as_text, checked
 from .read import stream
@@ -38,6 +40,14 @@ from .shard import (
 )
 
 HEADER = "transfermium.json"
+KINDS = {
+    "version": int,
+    "n_structures": int,
+    "shards": [{"file": str, "n_structures": int, "bytes": int, "sha256": str}],
+    "units": {str: str},
+    "levels": {str: int},
+    "left_out": {str: int},
+}
 
 LARGEST_SHARD = 2**28  # bytes held in memory before a shard is written, whatever `shard_size` says
 MOST_OPEN = 256  # shards; each holds a file handle
@@ -79,10 +89,20 @@ class PackedSet(Sequence[Atoms]):
         header = _read_header(path)
         if header is None:
             raise InputError(f"{path} is not a packed set (no readable {HEADER} in it): write one with `pack`")
+        try:
+            check_kinds(header, KINDS, HEADER)
+        except ValueError as error:
+            raise InputError(f"{path} is damaged, {error}: copy it again, or pack again") from None
         if header["version"] > VERSION:
             raise InputError(f"{path} was packed by a newer version: update transfermium, or pack it again")
+        counts = [shard["n_structures"] for shard in header["shards"]]
+        if min(counts, default=0) < 1 or sum(counts) != header["n_structures"]:
+            raise InputError(f"{path} is damaged, its shards do not add up: copy it again, or pack again")
         for shard in header["shards"]:
-            check_size(path / shard["file"], shard["bytes"])
+            file = path / shard["file"]
+            if Path(shard["file"]).name != shard["file"] or file.is_symlink():
+                raise InputError(f"{path} names {shard['file']}, which does not lie in it: copy the files themselves")
+            check_size(file, shard["bytes"])
         return cls(path, header, range(header["n_structures"]))
 
     def __len__(self) -> int:
@@ -168,7 +188,7 @@ class PackedSet(Sequence[Atoms]):
                 oldest, *_ = self._open
                 self._open.pop(oldest, None)
             entry = self.header["shards"][i]
-            shard = self._open[i] = Shard(self.path / entry["file"], entry["bytes"])
+            shard = self._open[i] = Shard(self.path / entry["file"], entry["bytes"], entry["n_structures"])
         return shard
 
 
@@ -196,8 +216,9 @@ def pack(
     What cannot be written at all (an object of some class, results of atoms that have moved since) is left out, counted
     in `left_out` and printed.
 
-    The folder appears complete or not at all. A folder that already holds these structures is kept and returned;
-    anything else at `out` is an InputError and remains untouched.
+    The folder appears complete or not at all; after a kill the same call removes what was left and begins again. A
+    folder that already holds these structures is kept and returned; anything else at `out` is an InputError and remains
+    untouched.
     """
     from rich.console import Console
     from rich.progress import track
@@ -215,18 +236,20 @@ def pack(
     console = Console(stderr=True)
     shown = track(source, "packing", total=n_structures, console=console, disable=not progress)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    sweep(out.parent, out.name)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}{UNFINISHED}")
     partial.mkdir()
     try:
-        header = _write_shards(shown, partial, labels, shard_size, usual, before)
-        if before is not None:
-            if header != before.header:
-                raise _differs(out)
-            return before
-        _write_text(partial / HEADER, json.dumps(header, indent=1, ensure_ascii=False))
-        _sync_folder(partial)
-        partial.rename(out)
-        _sync_folder(out.parent)
+        with held(partial):
+            header = _write_shards(shown, partial, labels, shard_size, usual, before)
+            if before is not None:
+                if header != before.header:
+                    raise _differs(out)
+                return before
+            _write_text(partial / HEADER, json.dumps(header, indent=1, ensure_ascii=False))
+            sync_folder(partial)
+            partial.rename(out)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -360,13 +383,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

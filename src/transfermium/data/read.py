@@ -260,7 +260,10 @@ def _rows(table: Path, files_of: dict[str, list[Path]]) -> tuple[list[str], list
         raise InputError(f"{table}: this is not UTF-8 text ({error}); save it as UTF-8") from error
     first = text.strip().split("\n")[0]
     delimiter = max(",;\t", key=first.count)
-    rows = [row for row in csv_format.reader(text.splitlines(), delimiter=delimiter) if any(map(str.strip, row))]
+    try:
+        rows = [row for row in csv_format.reader(text.splitlines(), delimiter=delimiter) if any(map(str.strip, row))]
+    except csv_format.Error as error:
+        raise InputError(f"{table}: not a table ({error}); is a quotation mark left open?") from error
     if not rows:
         raise InputError(f"{table}: the table is empty")
 

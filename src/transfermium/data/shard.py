@@ -201,7 +201,7 @@ def _is_text(value: Any) -> bool:
 class Shard:
     """One memory-mapped file; values are looked up in its buffers without building Arrow or Python objects."""
 
-    def __init__(self, path: Path, n_bytes: int) -> None:
+    def __init__(self, path: Path, n_bytes: int, n_structures: int) -> None:
         import pyarrow as pa
 
         self.path = path
@@ -213,6 +213,8 @@ class Shard:
             self.offsets = self.batch.column("positions").offsets.to_numpy()  # (n_structures + 1,)
             pairs = zip(reader.schema, self.batch, strict=True)
             self.columns = [_reader(field.metadata, column) for field, column in pairs]
+            if self.batch.num_rows != n_structures:
+                raise ValueError("another number of structures")
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path) from error
 
@@ -295,6 +297,8 @@ Reader = Callable[[int], Any]  # row -> value, None where there is none
 def _reader(metadata: Mapping[bytes, bytes], column: pa.Array) -> tuple[Key, Reader]:
     key = metadata[b"place"].decode(), metadata[b"key"].decode()
     name, shape = json.loads(metadata[b"kind"])
+    if shape is not None and np.dtype(name).kind not in "biuf":
+        raise ValueError(f"{name} is no number")
     if key == OTHERS:
         read = _json_reader(column)
     elif shape is None:
@@ -455,6 +459,8 @@ def _from_json(found: dict[str, Any]) -> Any:
         case {"@dict": pairs}:
             return dict(pairs)
         case {"@array": [dtype, shape, values]}:
+            if np.dtype(dtype).kind not in "biufU":
+                raise ValueError(f"{dtype} is no plain type")
             return np.array(values, dtype).reshape(shape)
         case {"@spacegroup": [number, setting]}:
             return _spacegroup(number, setting)

@@ -14,6 +14,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ..errors import InputError
+from ..model import writing
 from .columns import blocks, counts_of, elements, info_names, isolated_atoms, listed
 from .columns import codes as column_codes
 from .labels import word
@@ -50,15 +51,16 @@ class Split:
 
     def save(self, path: str | Path) -> None:
         """Write the split as JSON."""
-        with open(path, "w", encoding="utf-8") as file:
+        with writing(Path(path)) as file:
             for opening, (name, value) in zip(chain("{", repeat(", ")), vars(self).items(), strict=False):
-                file.write(f'{opening}"{name}": ')
+                file.write(f'{opening}"{name}": '.encode())
                 if isinstance(value, np.ndarray):  # may be long, and longer as Python's integers
                     parts = (value[i : i + 8192] for i in range(0, len(value), 8192))
-                    file.writelines(chain("[", _separated(json.dumps(part.tolist())[1:-1] for part in parts), "]"))
+                    texts = chain("[", _separated(json.dumps(part.tolist())[1:-1] for part in parts), "]")
+                    file.writelines(text.encode() for text in texts)
                 else:
-                    file.write(json.dumps(value))
-            file.write("}\n")
+                    file.write(json.dumps(value).encode())
+            file.write(b"}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":
@@ -359,4 +361,7 @@ def _separated(parts: Iterable[str]) -> Iterator[str]:
 
 
 def _indices(values: Any) -> np.ndarray:
-    return np.array(values, dtype=int).reshape(-1)
+    found = np.array(values).reshape(-1)
+    if len(found) and found.dtype.kind not in "iu":
+        raise ValueError(f"{found[0]} is no index")
+    return found.astype(int)

@@ -240,7 +240,7 @@ def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.
     return {name: (np.array(p, float)[:, 0], np.array(p, float)[:, 1]) for name, p in pairs.items() if p}
 
 
-NOT_TERMS = ("step", "epoch", "lr", "valid", "elapsed", "cpu", "edges at once")  # of a row of metrics
+NOT_TERMS = ("step", "epoch", "lr", "valid", "elapsed", "cpu", "edges at once", "went back")  # of a row of metrics
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:

@@ -137,7 +137,7 @@ def _story(model: Model, stage: Content, learned: str) -> str:
     name = type(model.backbone).__name__
     if stage["verb"] != "finetune" or len(history) < 2:
         return f"A {name} with {size} was {VERBS.get(stage['verb'], stage['verb'])} on {trained}.{theory}"
-    before = _listed([f"{s['objective']['class']} on {_count(s['structures'], 'structure')}" for s in history[:-1]])
+    before = _listed([f"{_objective(s)} on {_count(s.get('structures', 0), 'structure')}" for s in history[:-1]])
     return f"A {name} with {size}, trained before by {before}, was fine-tuned on {trained}.{theory}"
 
 
@@ -216,6 +216,12 @@ def _show_training(page: Page, metrics: Sequence[Content]) -> None:
         else " The last averaged weights were kept."
     )
     page.figure(loss_curves(metrics), f"Weighted mean error of each term in the training batches.{best}")
+    for row in metrics:
+        if row.get("went back"):
+            page.text(
+                f"The loss was not finite at step {row['step']:,}: training went back to the last good weights, and on "
+                "with a quarter of the learning rate. A lower lr might do better from the start."
+            )
     page.text("Every step is in metrics.csv beside this page.")
 
 
@@ -348,17 +354,22 @@ def _stage_row(number: int, stage: Content) -> dict[str, Any]:
     best = stage.get("best validation loss")
     return {
         "stage": str(number),
-        "verb": stage["verb"],
-        "objective": stage["objective"]["class"],
-        "structures": stage["structures"],
-        "validation": stage["validation structures"],
-        "steps": stage["steps"],
+        "verb": stage.get("verb", ""),
+        "objective": _objective(stage),
+        "structures": stage.get("structures", ""),
+        "validation": stage.get("validation structures", ""),
+        "steps": stage.get("steps", ""),
         "time": _duration(stage["seconds"]) if stage.get("seconds") else "",
         "best loss": "" if best is None else f"{best:.4g}",
-        "data": stage["data"],
-        "date": stage["date"],
-        "version": stage["transfermium"],
+        "data": stage.get("data", ""),
+        "date": stage.get("date", ""),
+        "version": stage.get("transfermium", ""),
     }
+
+
+def _objective(stage: Content) -> str:
+    """Of a stage, also one of a base that says nothing of it."""
+    return str(stage.get("objective", {}).get("class", "an unknown objective"))
 
 
 def _sizes(split: Split, stage: Content) -> dict[str, int]:

@@ -25,7 +25,7 @@ from .bakeoff_page import finite, page, questions, rows
 from .cells import Cell, run
 from .plan import ARMS, Arm, Plan, Target
 from .ranking import LONG, answers, comparisons, verdict
-from .stages import VALID
+from .stages import VALID, check_options
 
 __all__ = ["ARMS", "Arm", "Target", "bakeoff"]
 
@@ -83,10 +83,9 @@ def bakeoff(
     out = Path(out)
     if not targets:
         raise InputError("a comparison needs a target: give labelled structures and what to learn of them")
-    if seeds < 1:
-        raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
-    if not rates:
-        raise InputError("no learning rate to try: give at least one")
+    check_options(rates, edges, seeds, workers)
+    for text in (pretraining, tuning):
+        parse_time(text)
     backbones = {"TensorNet": TensorNet(32, 2)} if backbones is None else dict(backbones)
     levels = (
         {name: read(source) for name, source in structures.items()}

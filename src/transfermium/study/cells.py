@@ -197,8 +197,9 @@ def run(
                 "command goes on, with fewer workers if memory is short; a script that starts a study must do so under "
                 '`if __name__ == "__main__":`'
             ) from None
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{len(done)} of {len(every)} cells are done; the same command goes on") from None
+        except KeyboardInterrupt as error:
+            told = f"{len(done)} of {len(every)} cells are done; the same command goes on"
+            raise KeyboardInterrupt(*error.args, told) from None
         finally:
             for future in running:
                 future.cancel()

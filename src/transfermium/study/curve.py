@@ -57,6 +57,7 @@ from .points import (
     scalars,
     untouched,
 )
+from .stages import check_options
 
 ARMS = (SCRATCH, LONG, "zero-shot", "aligned", "probe", "head", "lora", "full", REPLAY, TOGETHER, DELTA)
 ASIDE = 0.1  # of what bases are pre-trained on, for a ledger, where something is replayed
@@ -147,18 +148,23 @@ def curve(
     Raises:
         InputError: for arms, sizes, labels or a budget that make no curve.
     """
+    check_options(rates, edges, seeds, workers)
+    cost = None if cost_per_label is None else _hours(cost_per_label)
+    bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
+    seconds = None if budget is None else parse_time(budget)
+    if margin < 0:
+        raise InputError(f"margin is {margin}, but must not be negative")
     study = Study(
         structures, objective, Path(out), base, part, base_data, base_objective, base_sizes, backbone, arms, cheap,
         sizes, seeds, test, split_key, rates, edges, (label or {}, unit or {}), (base_label or {}, base_unit or {}),
         quiet,
     )  # fmt: skip
-    cost = None if cost_per_label is None else _hours(cost_per_label)
     if target is not None:
         goal_of(target, study.units())  # what is no error here is said before hours of work
-    if budget is None:
-        study.bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
+    if seconds is None:
+        study.bounds = bounds
     else:
-        study.bounds = study.within(parse_time(budget), workers or (1 if executor else cores()))
+        study.bounds = study.within(seconds, workers or (1 if executor else cores()))
     if viewer:
         need_viewer()
     if not quiet or dry_run:
@@ -250,10 +256,6 @@ class Study:
             raise InputError(
                 f"a curve needs a base model, or else data to pre-train one on: give {asked} (--base, --base-data)"
             )
-        if seeds < 1:
-            raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
-        if not rates:
-            raise InputError("no learning rate to try: give at least one")
         for arm in self.arms:
             if arm not in ARMS:
                 raise InputError(f"there is no arm '{arm}': choose among {', '.join(ARMS)}")

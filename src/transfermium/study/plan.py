@@ -98,6 +98,8 @@ class Plan:
             self.pools[name], self.tests[name] = packed(out, f"{name}-pool", pool), packed(out, f"{name}-test", test)
             self.ids[name] = fingerprint(test)
             self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
+            if self.sizes[name][0] < 1:
+                raise InputError(f"{self.sizes[name][0]} is no number of labels: ask for some")
             if self.sizes[name][-1] > len(pool):
                 raise InputError(
                     f"{name} has {len(pool)} structures to train on, not {self.sizes[name][-1]}: ask for fewer"

@@ -61,7 +61,7 @@ def based(
     members = np.sort(nested(np.arange(len(everything)), [n_pretraining], seed=seed)[0])
     model = pretrain(
         Subset(everything, members), objective, architecture, **bound, seed=seed, edges=edges, label=label, unit=unit,
-        out=folder / "run", verbose=False, device="cpu",
+        out=folder / "run", verbose=False, device="cpu", calibrate=False,
     )  # fmt: skip
     return {**cost_of(model), "theory": theory(model.card)}
 
@@ -108,7 +108,7 @@ def point(
     chosen = Subset(everything, members)
     options: dict[str, Any] = {
         **bound, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit, "out": folder / "run",
-        "valid_fraction": valid_fraction(arm, n_train), "verbose": False, "device": "cpu",
+        "valid_fraction": valid_fraction(arm, n_train), "verbose": False, "device": "cpu", "calibrate": False,
     }  # fmt: skip
     prior: Tensor | None = None
     said: dict[str, Any] = {"arm": arm, "n_train": n_train, "n_pretraining": n_pretraining, "seed": seed, "lr": lr}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,24 @@ from ..errors import InputError
 from ..model import Model
 from ..objectives import Objective
 from ..objectives.together import Parts
+from ..train import TrainConfig
 from ..transfer import finetune, pretrain
 from .cells import Done
 from .judged import errors_of
 
 VALID = 0.2  # of the labels of each fine-tuning, which choose the checkpoint and, once, the learning rate
+
+
+def check_options(rates: Sequence[float], edges: int, seeds: int, workers: int | None) -> None:
+    """Refuse what no cell could use before there are any."""
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
+    if not rates:
+        raise InputError("no learning rate to try: give at least one")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}, but must be at least one")
+    for rate in rates:
+        TrainConfig(lr=rate, edges=edges)
 
 
 def pretrained(
@@ -42,6 +55,7 @@ def pretrained(
     model = pretrain(
         packed_at(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
         label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
+        calibrate=False,
     )  # fmt: skip
     return cost_of(model)
 
@@ -71,7 +85,7 @@ def tuned(
     members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
     options: dict[str, Any] = {
         "processor_time": time, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
-        "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu",
+        "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu", "calibrate": False,
     }  # fmt: skip
     chosen = Subset(everything, members)
     try:
