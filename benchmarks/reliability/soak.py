@@ -143,14 +143,14 @@ class Soak:
         return forked(lambda: cli.main(words), folder / "said.txt", before, at, by)
 
     def interrupted_in_turn(self) -> None:
-        """In all ways, one after the other, in the same folder."""
+        """In all ways, one after the other, in the same folder; those first that do not depend on the clock."""
         folder = self.new()
         largest = self.largest()
         ways: dict[str, dict[str, Any]] = {
-            "kills": {"at": self.rng.uniform(0, self.seconds)},
-            "kills before an access": {"before": lambda: die_at_access(folder, self.rng.randint(2, 12))},
-            "SIGTERM": {"at": self.rng.uniform(0.2, 0.8) * self.seconds, "by": signal.SIGTERM},
+            "kills before an access": {"before": lambda: die_at_access(folder, self.rng.randint(2, 3))},
             "full disks": {"before": lambda: limit_files(largest // 2)},
+            "kills": {"at": self.rng.uniform(0, self.seconds)},
+            "SIGTERM": {"at": self.rng.uniform(0.2, 0.8) * self.seconds, "by": signal.SIGTERM},
         }
         for way, how in ways.items():
             self.counts[way] += self.run(folder, **how).status != self.done
