@@ -45,18 +45,25 @@ def case(row: dict) -> tuple[str, str, str]:
 
 
 def complete(runs: list[dict]) -> list[dict]:
-    """The targets that all arms of a backbone have, and of their seeds those that all these targets have."""
+    """Of each backbone the arms that have been tried on all targets, and the seeds that all of these have."""
     kept = []
     for backbone in dict.fromkeys(run["backbone"] for run in runs):
         here = [run for run in runs if run["backbone"] == backbone]
-        cells = [
-            {(run["target"], run["seed"]) for run in here if run["arm"] == arm} for arm in {r["arm"] for r in here}
-        ]
-        shared = set.intersection(*cells)
-        targets = {target for target, seed in shared if seed == 0}
-        seeds = {seed for _, seed in shared if all((target, seed) in shared for target in targets)}
-        kept += [run for run in here if run["target"] in targets and run["seed"] in seeds]
+        targets = {run["target"] for run in here}
+        done = {
+            arm: {s for s in range(10) if all(find(here, arm, target, s) for target in targets)}
+            for arm in dict.fromkeys(run["arm"] for run in here)
+        }
+        arms = {arm for arm, seeds in done.items() if len(seeds) == max(map(len, done.values()))}
+        if late := done.keys() - arms:
+            print(f"{backbone}: not finished, and left out: {', '.join(sorted(late))}")
+        seeds = set.intersection(*(done[arm] for arm in arms))
+        kept += [run for run in here if run["arm"] in arms and run["seed"] in seeds]
     return kept
+
+
+def find(runs: list[dict], arm: str, target: str, seed: int) -> bool:
+    return any((run["arm"], run["target"], run["seed"]) == (arm, target, seed) for run in runs)
 
 
 def doses() -> list[dict[str, str]]:
