@@ -391,7 +391,7 @@ def test_frames_of_one_system_are_compared_frame_by_frame(tmp_path):
         frames = [bulk("Cu", cubic=True) * (2, 2, 1) for _ in range(n)]
         for i, atoms in enumerate(frames):
             atoms.rattle(0.05, seed=100 * seed + i)
-            atoms.info["gap"] = 1.0
+            atoms.info |= {"gap": 1.0, "system": "copper"}
             atoms.calc = SinglePointCalculator(atoms, energy=float(i), forces=np.zeros((len(atoms), 3)))
         return frames
 

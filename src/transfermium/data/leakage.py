@@ -45,14 +45,19 @@ class Leak:
 
 
 def leaks(
-    structures: Sequence[Atoms], held_out: Sequence[Atoms], *, tolerance: float = TOLERANCE, quiet: bool = False
+    structures: Sequence[Atoms],
+    held_out: Sequence[Atoms],
+    *,
+    tolerance: float = TOLERANCE,
+    ids: bool = True,
+    quiet: bool = False,
 ) -> list[Leak]:
     """Find the structures that are also in `held_out`, or belong to a material or trajectory that is.
 
     Two structures are the same if they have the same reduced composition and every entry of their `fingerprint` agrees
     within the fraction `tolerance`. Beyond that, and only where the composition is the same too, a structure leaks
     that has an id (`material_id`, `mptrj_traj_id`...) of a held-out structure under the same key, or of a structure
-    that leaks.
+    that leaks; not where `ids` are of no account, as among frames of one system.
 
     Compositions and ids are read as columns; structures with a composition that is held out are built once. A bar shows
     progress where that takes more than two seconds, unless `quiet`.
@@ -79,6 +84,8 @@ def leaks(
                 i, j, f"distances differ from held-out structure {j} by {differences[least]:.1%}", "structure"
             )
 
+    if not ids:
+        return [found[i] for i in sorted(found)]
     own, held = _ids(structures, ours, candidates), _ids(held_out, theirs, others)
     for name, members in own.items():
         if name in held:
@@ -101,8 +108,11 @@ def leaks(
 def without(
     structures: Sequence[Atoms], held_out: Sequence[Atoms], *, tolerance: float = TOLERANCE, quiet: bool = False
 ) -> tuple[Subset, list[Leak]]:
-    """The structures that do not leak, in their order, and those that do; see `leaks`."""
-    found = leaks(structures, held_out, tolerance=tolerance, quiet=quiet)
+    """The structures that do not leak, in their order, and those that do; see `leaks`.
+
+    Within `FRAMES`, ids are of no account.
+    """
+    found = leaks(structures, held_out, tolerance=tolerance, ids=tolerance > FRAMES, quiet=quiet)
     kept = np.setdiff1d(np.arange(len(structures)), [leak.index for leak in found])
     return Subset(structures, kept), found
 
