@@ -31,8 +31,9 @@ from .errors import InputError
 from .graph import to_batch, to_graph
 from .heads import EnergyHead
 from .model import Model, check_file, load, rebuilt, write_whole
-from .objectives import MaskAtoms, MaskPositions, Objective, Together
+from .objectives import Objective, Together
 from .objectives.base import label as as_label
+from .objectives.mask import Removal
 from .train import chosen_device, evaluate_loss, in_parts
 from .uncertainty import OF_ATOMS, Uncertainty, percent, why_not
 from .unseen import WITHOUT
@@ -118,9 +119,8 @@ def _losses(
     batches = Batches(structures, objective, model.backbone.edges, seed, VALIDATION)
     terms = evaluate_loss(model, batches, [np.array(members) for members in parts(model, structures, edges)])
     found: dict[str, Any] = {name: {"loss": loss, "n": len(structures), "unit": ""} for name, loss in terms.items()}
-    if isinstance(objective, MaskAtoms | MaskPositions):
-        for term in found.keys() & {"direction", "position"}:
-            found[term]["floor"] = objective.floor(structures)
+    if isinstance(objective, Removal) and objective.target in found:
+        found[objective.target]["floor"] = objective.floor(structures)
     return found
 
 

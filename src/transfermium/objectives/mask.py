@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import ase
 import numpy as np
@@ -26,7 +26,53 @@ SMALL = 1e-3  # of the output called forces: a shorter one has no direction that
 MOST_CLUES = 4_000  # atoms that the floor of the loss is computed from
 
 
-class MaskAtoms(Objective):
+class Removal(Objective):
+    """Objectives that remove atoms and ask others for them.
+
+    A subclass says by `_hindrance` why nothing of a structure can be removed, in words that are keys of its `_advice`,
+    those first that lie nearest to success.
+    """
+
+    target: ClassVar[str]  # what atoms are asked for; NaN where nothing is asked
+    flag: bool
+
+    def scalar_inputs(self) -> tuple[str, ...]:
+        return (MASKED,) if self.flag else ()
+
+    def settled(self, samples: Sequence[Sample]) -> Self:
+        """Itself; raises `InputError` where there is nothing to mask at all."""
+        if not samples or any(np.isfinite(sample.targets[self.target]).any() for sample in samples):
+            return self  # beside other objectives there may be none, by the chance of their views
+        reasons = Counter(filter(None, (self._hindrance(sample.atoms) for sample in samples)))
+        for reason, advice in self._advice().items():
+            if reasons[reason]:
+                raise InputError(f"there is nothing to mask, for {reason} (in {reasons[reason]} structures): {advice}")
+        return self
+
+    def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
+        """Structures that teach nothing, and what takes no look at surroundings."""
+        hindrances = Counter(filter(None, (self._hindrance(atoms) for atoms in structures)))
+        n = hindrances.total()
+        why = ", ".join(f"{count}: {reason}" for reason, count in hindrances.most_common())
+        left_out = [f"{n} of {len(structures)} structures have nothing to mask and teach nothing ({why})"] if n else []
+        return left_out if n == len(structures) else [*left_out, self._told(structures)]
+
+    def floor(self, structures: Sequence[ase.Atoms]) -> float:
+        """Loss of the best guess that takes no look at surroundings; NaN where nothing can be masked."""
+        raise NotImplementedError
+
+    def _told(self, structures: Sequence[ase.Atoms]) -> str:
+        """What that guess knows, in words."""
+        raise NotImplementedError
+
+    def _hindrance(self, atoms: ase.Atoms) -> str | None:
+        raise NotImplementedError
+
+    def _advice(self) -> dict[str, str]:
+        raise NotImplementedError
+
+
+class MaskAtoms(Removal):
     """Some molecules lose an atom; the output called "forces" learns to point from the others to where it was.
 
     At every access molecules are chosen afresh, and of each the atom that is removed. What is left of such a molecule
@@ -43,6 +89,8 @@ class MaskAtoms(Objective):
         length: weight of the error of the length of "forces", which is then the distance to the removed atom, per Å.
         conservative: "forces" are minus the derivative of a scalar output; otherwise an output of their own.
     """
+
+    target: ClassVar[str] = "direction"
 
     def __init__(
         self,
@@ -74,32 +122,11 @@ class MaskAtoms(Objective):
         vector = Quantity("masking displacement", "Å") if self.length else Quantity("masking direction", "")
         return {**energy, "forces": vector}
 
-    def scalar_inputs(self) -> tuple[str, ...]:
-        return (MASKED,) if self.flag else ()
-
-    def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
-        """Structures that teach nothing, and the loss that takes no look at surroundings."""
-        hindrances = Counter(filter(None, (self._hindrance(atoms) for atoms in structures)))
-        n = hindrances.total()
-        why = ", ".join(f"{count}: {reason}" for reason, count in hindrances.most_common())
-        left_out = f"{n} of {len(structures)} structures have nothing to mask and teach nothing ({why})"
-        if n == len(structures):
-            return [left_out] if n else []
-        told = (
+    def _told(self, structures: Sequence[ase.Atoms]) -> str:
+        return (
             f"a loss of {self.floor(structures):.3f} needs only what is left of each molecule: a model that does not "
             "get clearly below that has learned nothing of what surrounds them"
         )
-        return [left_out, told] if n else [told]
-
-    def settled(self, samples: Sequence[Sample]) -> MaskAtoms:
-        """Itself; raises `InputError` where there is nothing to mask at all."""
-        if not samples or any(np.isfinite(sample.targets["direction"]).any() for sample in samples):
-            return self  # beside other objectives there may be none, by the chance of their views
-        reasons = Counter(filter(None, (self._hindrance(sample.atoms) for sample in samples)))
-        for reason, advice in self._advice().items():  # the one nearest to success
-            if reasons[reason]:
-                raise InputError(f"there is nothing to mask, for {reason} (in {reasons[reason]} structures): {advice}")
-        return self
 
     def floor(self, structures: Sequence[ase.Atoms]) -> float:
         """Loss of the best guess from what is left of each molecule alone; NaN where nothing can be masked.

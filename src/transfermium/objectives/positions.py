@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import ase
 import numpy as np
@@ -19,15 +18,15 @@ from ..graph import Batch, Cutoff, Neighbors, Sample
 from ..heads import MISSING, AskedHead, AtomHead, VectorHead
 from ..model import Output
 from ..molecules import molecules
-from .base import Loss, Objective, Quantity
-from .mask import MASKED
+from .base import Loss, Quantity
+from .mask import MASKED, Removal
 
 NUMBERS = 5  # of a ring, beside its axis
 SMALL = 1e-2  # of an output called axis: a shorter one has little direction, and its ring becomes a sphere
 MOST_CLUES = 3_000  # atoms that the floor of the loss is computed from
 
 
-class MaskPositions(Objective):
+class MaskPositions(Removal):
     """Atoms are removed; each atom near one says where it was, by a distribution over space, and which element is told.
 
     At every access atoms are chosen afresh and taken away with their images. What is left within `radius` of such a
@@ -51,6 +50,8 @@ class MaskPositions(Objective):
         resolution: width of the sharpest ring, in cosines and relative to the distance; sharper ones teach little.
         flag: the backbone is told which atoms are asked.
     """
+
+    target: ClassVar[str] = "position"
 
     def __init__(
         self,
@@ -92,33 +93,12 @@ class MaskPositions(Objective):
     def quantities(self) -> dict[str, Quantity]:
         return {name: Quantity(f"masking {name.replace('_', ' ')}", "") for name in [*self.axes, "rings"]}
 
-    def scalar_inputs(self) -> tuple[str, ...]:
-        return (MASKED,) if self.flag else ()
-
-    def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
-        """Structures that teach nothing, and the losses that take no look at surroundings."""
-        hindrances = Counter(filter(None, (self._hindrance(atoms) for atoms in structures)))
-        n = hindrances.total()
-        why = ", ".join(f"{count}: {reason}" for reason, count in hindrances.most_common())
-        left_out = [f"{n} of {len(structures)} structures have nothing to mask and teach nothing ({why})"] if n else []
-        if n == len(structures):
-            return left_out
-        return [
-            *left_out,
+    def _told(self, structures: Sequence[ase.Atoms]) -> str:
+        return (
             f"a loss of {self.floor(structures, nearest=False):.3f} needs no directions, and one of "
             f"{self.floor(structures):.3f} only that to the nearest atom: a model that does not get clearly below that "
-            "has learned little of what surrounds a place",
-        ]
-
-    def settled(self, samples: Sequence[Sample]) -> MaskPositions:
-        """Itself; raises `InputError` where there is nothing to mask at all."""
-        if not samples or any(np.isfinite(sample.targets["position"]).any() for sample in samples):
-            return self  # beside other objectives there may be none, by the chance of their views
-        reasons = Counter(filter(None, (self._hindrance(sample.atoms) for sample in samples)))
-        for reason, advice in self._advice().items():  # the one nearest to success
-            if reasons[reason]:
-                raise InputError(f"there is nothing to mask, for {reason} (in {reasons[reason]} structures): {advice}")
-        return self
+            "has learned little of what surrounds a place"
+        )
 
     def floor(self, structures: Sequence[ase.Atoms], nearest: bool = True) -> float:
         """Loss of the best guess from the two elements, and from the direction to the nearest atom that is left.
