@@ -373,6 +373,11 @@ class TestCommand:
         finally:
             (tmp_path / "model.safetensors").rename(untouched / "model.safetensors")
 
+    def test_operations_bound_the_run_of_all(self, data, tmp_path):
+        succeed(together(2, [*command(data, tmp_path / "run"), "--flop", "1kFLOP"]))  # less than a step takes
+        rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [0, 1]
+
     def test_torchrun_starts_it(self, data, untouched, tmp_path):
         out = tmp_path / "run"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

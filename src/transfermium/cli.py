@@ -573,8 +573,9 @@ def _bakeoff_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
     parser.add_argument("--out", type=str, required=True, help="folder of the study; the same command resumes")
     parser.add_argument("--arms", nargs="+", type=str, default=None, help="by default all that the labels allow")
-    parser.add_argument("--pretraining", type=str, default="5min", help="processor time of each pre-training")
-    parser.add_argument("--tuning", type=str, default="1min", help="processor time of each fine-tuning")
+    help = "of each pre-training: processor time, or operations such as 20TFLOP"
+    parser.add_argument("--pretraining", type=str, default="5min", help=help)
+    parser.add_argument("--tuning", type=str, default="1min", help="of each fine-tuning, likewise")
     parser.add_argument(
         "--sizes", nargs="+", type=int, default=None, help="numbers of labels; all up to 500 by default"
     )
@@ -608,7 +609,7 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument("--seeds", type=int, default=3, help="of labels, weights and bases")
     parser.add_argument("--test", nargs="+", type=str, default=None, help="test structures; or a fifth of the data")
     parser.add_argument("--split-key", type=str, default=None, help="or those that KEY names, or KEY=VALUE")
-    help = "of each pre-training: processor time, or a number such as 800steps"
+    help = "of each pre-training: processor time, operations such as 20TFLOP, or a number such as 800steps"
     parser.add_argument("--pretraining", type=str, default="5min", help=help)
     parser.add_argument("--tuning", type=str, default="30s", help="of each fine-tuning, likewise")
     help = "or the time of the whole study, such as 30min; the worse half of the arms is dropped after each seed"

@@ -87,7 +87,7 @@ def rehearse(
     validation = _validation_seconds(run)
     with_validation = step + (validation / run.validate_every if run.valid_members else 0.0)
     done = distributed.from_first(lambda: {} if out is None else done_in(out))
-    steps = _steps_left(config, with_validation, done)
+    steps = _steps_left(run, with_validation, done)
     return Cost(
         structures=len(structures),
         validation_structures=len(valid),
@@ -121,14 +121,14 @@ def _is_labelled(batch: Batch) -> bool:
     return any(bool(target.isfinite().any()) for target in batch.targets.values())
 
 
-def _steps_left(config: TrainConfig, seconds: float, done: dict[str, Any]) -> float:
+def _steps_left(run: _Run, seconds: float, done: dict[str, Any]) -> float:
     """Of a run whose steps take so many seconds each, and of which a part may be done."""
     if done.get("finished"):
         return 0
-    steps = config.n_steps - done.get("step", 0)
+    steps = run.n_steps - done.get("step", 0)
     for name, clock in (("time", "elapsed"), ("processor_time", "cpu")):  # with one thread the same
-        if name in config.seconds:
-            steps = min(steps, (config.seconds[name] - done.get(clock, 0.0)) / seconds)
+        if name in run.config.seconds:
+            steps = min(steps, (run.config.seconds[name] - done.get(clock, 0.0)) / seconds)
     return max(steps, 0)
 
 

@@ -19,7 +19,7 @@ from .model import UNFINISHED, sweep, write_whole
 
 WITHOUT_EFFECT = ("device", "workers", "accumulate")  # options that change where a run happens, not what it finds
 STATISTICS = ("rms", "minimum", "maximum")  # of labels, rounded otherwise where they are read as columns
-UNWRITTEN = {"batches per step": 1}  # what runs of earlier versions were, where they say nothing
+UNWRITTEN = {"batches per step": 1, "flop": None}  # what runs of earlier versions were, where they say nothing
 FIRST = {"config.json", "labels.json", "split.json", "metrics.csv", "metrics.jsonl"}  # before anything was learned
 HINTS = {"batches per step": "choose --accumulate times the number of processes to keep it"}
 

@@ -28,6 +28,7 @@ from .data.labels import geometries
 from .data.load import VALIDATION, Batches, Dealt, Place, Share, ahead, count_edges, dealing, plan, training_batches
 from .data.sequences import Subset, original
 from .errors import InputError
+from .flop import counted, parse_flop
 from .graph import Batch
 from .lora import adapted
 from .model import Model, read_tensors, write_tensors, write_whole
@@ -42,6 +43,7 @@ VALIDATED = 0.2  # batches validated for each one trained on, at most: without a
 ROOM = "edges at once of process "
 SLOWER = 0.25  # times the learning rate, after a loss that was not finite
 MOST_NAMED = 10  # structures in a sentence
+COUNTED = 16  # batches whose floating-point operations tell those of a step
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class TrainConfig:
         steps: optimiser steps at most; 1000 when nothing else bounds the run, which ends with what ends first.
         time: wall-clock time at most, such as "90s", "10min" or "2h".
         processor_time: of the (first) process at most, likewise: fair to runs that share a machine.
+        flop: floating-point operations of all steps at most, forwards and backwards, such as "20TFLOP": as many steps
+            as these allow, by what batches of the first epoch take. The same on any machine.
         lr: peak learning rate, after a linear warm-up and before a cosine decay.
         backbone_lr: peak learning rate of the backbone; zero freezes it, None is the same as lr.
         layer_decay: factor of the learning rate from each layer of the backbone to the one below it; below one, layers
@@ -77,6 +81,7 @@ class TrainConfig:
     steps: int | None = None
     time: str | None = None
     processor_time: str | None = None
+    flop: str | None = None
     lr: float = 2e-3
     backbone_lr: float | None = None
     layer_decay: float = 1.0
@@ -111,6 +116,8 @@ class TrainConfig:
         for name, seconds in self.seconds.items():
             if seconds <= 0:
                 raise InputError(f"{name} is '{getattr(self, name)}', but must be above zero")
+        if self.flop is not None and not parse_flop(self.flop) > 0:
+            raise InputError(f"flop is '{self.flop}', but must be above zero")
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -120,10 +127,10 @@ class TrainConfig:
 
     @property
     def n_steps(self) -> float:
-        """Steps at most; infinite where only time bounds the run."""
+        """Steps at most; infinite where only time or operations bound the run."""
         if self.steps is not None:
             return self.steps
-        return math.inf if self.seconds else 1000
+        return math.inf if self.seconds or self.flop else 1000
 
 
 class Progress(NamedTuple):
@@ -315,6 +322,7 @@ class _Run:
         self.average = [p.detach().clone() for p in self.trained]
         self.best_weights = [p.detach().clone() for p in self.trained]
         self.best: float | None = None
+        self.n_steps = min(config.n_steps, self._affordable())  # before `like`, for the first process alone counts
         self.step = 0
         self.elapsed = 0.0
         self.cpu = 0.0
@@ -550,8 +558,27 @@ class _Run:
         decay = min(self.config.ema, (1 + t) / (10 + t)) if self.config.ema else 0.0
         torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
 
+    def _affordable(self) -> float:
+        """Steps, at least one, that take the floating-point operations allowed, by some batches of the first epoch."""
+        if self.config.flop is None:
+            return math.inf
+        allowed = parse_flop(self.config.flop)
+
+        def in_a_step() -> float:
+            order = np.random.default_rng(self.config.seed).permutation(len(self.counts))
+            batches = plan(self.counts, self.config.edges, order)[:COUNTED]
+            found = [sum(in_parts(self._flop, part, self.batches.structures)) for part in batches]
+            return float(np.mean(found)) * self.config.accumulate * distributed.size()
+
+        return max(round(allowed / max(distributed.from_first(in_a_step), 1.0)), 1)
+
+    def _flop(self, members: np.ndarray) -> int:
+        """Floating-point operations of these structures, forwards and backwards."""
+        batch = self.batches[0, members].to(device_of(self.model))
+        return counted(lambda: self._is_finite(batch))
+
     def _fraction(self) -> float:
-        by_steps = self.step / self.config.n_steps if self.config.n_steps else 1.0
+        by_steps = self.step / self.n_steps if self.n_steps else 1.0
         clocks = {"time": self.elapsed, "processor_time": self.cpu}
         return max(by_steps, *(clocks[name] / seconds for name, seconds in self.config.seconds.items()), 0.0)
 
@@ -580,9 +607,9 @@ class _Run:
         if self.config.validate_every is not None:
             return self.config.validate_every
         cheap = math.ceil(len(self.valid_members) / (VALIDATED * self.config.accumulate * distributed.size()))
-        if not math.isfinite(self.config.n_steps):
+        if not math.isfinite(self.n_steps):
             return max(50, cheap)
-        return max(int(self.config.n_steps) // 20, cheap)
+        return max(int(self.n_steps) // 20, cheap)
 
     def _remember(self, loss: float) -> None:
         """Where nothing validates, keep averaged weights after which the loss of training was lowest as good ones."""

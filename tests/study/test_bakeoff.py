@@ -93,6 +93,23 @@ class TestBakeoff:
         stage = tm.load(base).card["history"][0]
         assert stage["structures"] + stage["validation structures"] == clean
 
+    def test_of_equal_operations_derivatives_take_fewer_steps(self, tmp_path):
+        result = small(
+            tmp_path, arms=["scratch", "scratch_long", "efs_direct", "efs_derivative"], pretraining="1GFLOP",
+            tuning="0.1GFLOP", seeds=1,
+        )  # fmt: skip
+        (first, *others), (long,) = (
+            [run["steps"] for run in result["runs"] if (run["arm"] == "scratch_long") == is_long]
+            for is_long in (False, True)
+        )
+        assert others == [first, first] and long == pytest.approx(11 * first, abs=6)
+        steps = {
+            arm: tm.load(next(tmp_path.glob(f"cells/pretrained-*{arm}*/run"))).card["history"][0]["steps"]
+            for arm in ("efs_direct", "efs_derivative")
+        }
+        assert steps["efs_direct"] > 1.5 * steps["efs_derivative"]
+        assert "pre-trained for 1GFLOP on" in (tmp_path / "report.html").read_text()
+
     def test_there_is_a_page_that_says_it(self, study):
         out, result = study
         page = (out / "report.html").read_text()

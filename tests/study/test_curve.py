@@ -18,7 +18,7 @@ from transfermium.data.split import independent
 from transfermium.errors import InputError
 from transfermium.model import load
 from transfermium.report import need_viewer
-from transfermium.study.curve import Study, bound_of, chosen_sizes, curve, validation_error
+from transfermium.study.curve import Study, chosen_sizes, curve, validation_error
 from transfermium.study.curve_laws import Curves, goal_of, summary
 from transfermium.study.curve_page import worths
 from transfermium.study.judged import absolute
@@ -222,14 +222,6 @@ def test_target_errors_that_are_none(text):
 def test_labels_that_validate_are_counted():
     assert valid_fraction("full", 10) == valid_fraction("scratch", 160) == 0.2
     assert valid_fraction("full", 9) == valid_fraction("aligned", 100) == valid_fraction("probe", 100) == 0
-
-
-def test_what_bounds_a_stage():
-    assert bound_of("300steps") == {"steps": 300}
-    assert bound_of("30s") == {"processor_time": "30s"}
-    for wrong in ("0steps", "many steps", "soon"):
-        with pytest.raises(InputError):
-            bound_of(wrong)
 
 
 def test_the_arm_of_the_verdict_is_chosen_without_test_errors():

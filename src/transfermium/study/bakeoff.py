@@ -20,8 +20,8 @@ from ..errors import InputError
 from ..model import described
 from ..objectives import Objective
 from ..run import write_json
-from ..train import parse_time
 from .bakeoff_page import finite, page, questions, rows
+from .bounds import both, fair, seconds_of
 from .cells import Cell, run
 from .plan import ARMS, Arm, Plan, Target
 from .ranking import LONG, answers, comparisons, verdict
@@ -54,10 +54,11 @@ def bakeoff(
 ) -> dict[str, Any]:
     """Compare ways of pre-training by what they do for a target, everything else being equal.
 
-    Every arm pre-trains for the same processor time on the same materials, then fine-tunes for the same processor time
-    on the same labels with the same settings. "scratch" skips the first stage; "scratch_long" spends its time on
-    fine-tuning instead. The learning rate of fine-tuning is chosen once per arm, backbone and target, by the validation
-    labels of the first seed. Pre-training structures that match a test structure are left out.
+    Every arm pre-trains for the same processor time, or the same number of floating-point operations, on the same
+    materials, then fine-tunes for the same time or number on the same labels with the same settings. "scratch" skips
+    the first stage; "scratch_long" spends it on fine-tuning instead. The learning rate of fine-tuning is chosen once
+    per arm, backbone and target, by the validation labels of the first seed. Pre-training structures
+    that match a test structure are left out.
 
     Args:
         structures: to pre-train on; noise is learned on the frame of each material that is nearest to equilibrium. Of
@@ -68,7 +69,8 @@ def bakeoff(
             their own: `Arm`); by default all that the labels of `structures` allow, of energies and forces alone only
             where there is no stress.
         backbones: name to architecture.
-        pretraining, tuning: processor time of the two stages, such as "5min".
+        pretraining, tuning: processor time of the two stages, such as "5min", or floating-point operations, such as
+            "20TFLOP", by which the same call finds the same on any machine, however busy.
         sizes: numbers of labels, validation included, each set within the next; by default all there are, up to 500.
         seeds: of weights, labels and noise; at least two, or there are no intervals.
         rates: learning rates that each arm tries.
@@ -84,8 +86,7 @@ def bakeoff(
     if not targets:
         raise InputError("a comparison needs a target: give labelled structures and what to learn of them")
     check_options(rates, edges, seeds, workers)
-    for text in (pretraining, tuning):
-        parse_time(text)
+    both(fair(pretraining), fair(tuning))
     backbones = {"TensorNet": TensorNet(32, 2)} if backbones is None else dict(backbones)
     levels = (
         {name: read(source) for name, source in structures.items()}
@@ -156,11 +157,13 @@ def _price(
     settings: Mapping[str, Any],
 ) -> str:
     """How many cells there are, and how long they take."""
-    first, second = parse_time(settings["pretraining"]), parse_time(settings["tuning"])
+    first, second = (seconds_of(fair(settings[name])) for name in ("pretraining", "tuning"))
     bases = backbones * seeds * sum(objective is not None for objective in objectives.values())
     tunings = backbones * (seeds * sum(sizes) + (rates - 1) * len(sizes))  # the search has one of the grid's
-    seconds = bases * first + tunings * (len(objectives) * second + (LONG in objectives) * first)
     cells = f"{bases} pre-trainings and {tunings * len(objectives)} fine-tunings"
+    if first is None or second is None:
+        return cells
+    seconds = bases * first + tunings * (len(objectives) * second + (LONG in objectives) * first)
     return f"{cells}: {seconds / 3600:.2g} hours of processor time"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..report import Page, forest
+from .bounds import bound_of, in_words
 from .ranking import LONG, SCRATCH
 
 Result = Mapping[str, Any]  # of `bakeoff`
@@ -33,10 +34,10 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
     page.heading("How it was done")
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
     page.text(
-        f"Every arm was pre-trained for {settings['pretraining']} of processor time on the same materials "
+        f"Every arm was pre-trained for {in_words(bound_of(settings['pretraining']))} on the same materials "
         f"({counts['structures']} structures; noise is learned on {counts['relaxed']}, of each material the one "
-        f"nearest to equilibrium), and fine-tuned for {settings['tuning']}, in batches of at most {settings['edges']} "
-        f"edges. {SCRATCH} skips pre-training, {LONG} spends its time on fine-tuning. "
+        f"nearest to equilibrium), and fine-tuned for {in_words(bound_of(settings['tuning']))}, in batches of at most "
+        f"{settings['edges']} edges. {SCRATCH} skips pre-training, {LONG} spends its time on fine-tuning. "
         f"{settings['valid fraction']:.0%} of the labels choose the checkpoint and are counted. The learning rate of "
         f"fine-tuning was chosen once for each arm, backbone and target among {rates}, by the validation loss with "
         f"seed 0. Structures to pre-train on that match a test structure were left out: {result['leaks']}."

@@ -35,6 +35,7 @@ from ..train import parse_time
 from ..transfer import weights_fingerprint
 from .bakeoff_page import finite
 from .baselines import baselines, compositions_of, unlabelled
+from .bounds import both, bound_of, seconds_of
 from .cells import Cell, cores, run
 from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
@@ -129,7 +130,7 @@ def curve(
         sizes: numbers of labels, doubled from ten on by default. Below ten all labels train and nothing is validated.
         seeds: of labels, weights and bases; at least two, or there are no intervals.
         test: structures to test on; by default those that `split_key` names ("split", or "fold=0"), or a fifth.
-        pretraining, tuning: processor time of the stages, such as "30s", or a number of steps, such as "300steps".
+        pretraining, tuning: of the stages: processor time, such as "30s", operations, such as "20TFLOP", or "300steps".
         budget: wall-clock time of the whole study instead, such as "30min"; after each seed the half of the trained
             arms with the larger validation errors is dropped, scratch never.
         rates: learning rates that each trained arm tries.
@@ -404,7 +405,7 @@ class Study:
         arm, m = case
         bound = dict(self.bounds["tuning"])
         if arm in (LONG, TOGETHER):
-            bound = _sum(bound, self.bounds["pretraining"])
+            bound = both(bound, self.bounds["pretraining"])
         key = {"arm": arm, "n_train": n_train, "seed": seed, "lr": lr}
         arguments: dict[str, Any] = {
             "pool": self.pool, "test": self.test, "ids": self.ids, "objective": self.objective,
@@ -582,7 +583,7 @@ class Study:
         """How many cells there are, and how long they take."""
         bases = len({(m, s) for m in self.base_sizes for s in range(self.seeds)})
         tunings = self._tunings(halving=False)
-        seconds = [_seconds(self.bounds[name]) for name in ("pretraining", "tuning")]
+        seconds = [seconds_of(self.bounds[name]) for name in ("pretraining", "tuning")]
         cells = f"{bases} pre-trainings and {tunings} fine-tunings"
         if None in seconds:
             return cells
@@ -634,30 +635,6 @@ def validation_error(case: Arm, points: Iterable[Mapping[str, Any]], learned: Se
         return math.inf
     found = [each[in_order(each, learned)[0]] for each in said]
     return math.exp(float(np.mean(np.log(np.maximum(found, TINY)))))
-
-
-def bound_of(text: str) -> dict[str, Any]:
-    """What ends a stage: "30s" of processor time, or "300steps"."""
-    text = str(text).strip()
-    if text.endswith("steps"):
-        number = text.removesuffix("steps").strip()
-        if not number.isdigit() or not int(number):
-            raise InputError(f"'{text}' is no number of steps, such as 300steps")
-        return {"steps": int(number)}
-    parse_time(text)
-    return {"processor_time": text}
-
-
-def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    if one.keys() != other.keys():
-        raise InputError(f"{LONG} and {TOGETHER} take the time of both stages: give both as times, or both as steps")
-    if "steps" in one:
-        return {"steps": one["steps"] + other["steps"]}
-    return {"processor_time": f"{parse_time(one['processor_time']) + parse_time(other['processor_time']):g}s"}
-
-
-def _seconds(bound: Mapping[str, Any]) -> float | None:
-    return parse_time(bound["processor_time"]) if "processor_time" in bound else None
 
 
 def _hours(cost: str | float) -> float:

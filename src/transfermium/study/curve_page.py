@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..data import Labels
 from ..evaluate import PRINTED, Pairs
 from ..report import Column, Page, label_curves, label_row, parity, parity_columns
+from .bounds import in_words
 from .laws import UNBOUNDED
 from .points import FEW, LONG, TOGETHER, VALID
 
@@ -292,15 +293,13 @@ def _show_pretraining(page: Page, result: Result) -> None:
 
 def _show_method(page: Page, result: Result) -> None:
     settings = result["settings"]
-    bounds = {name: " ".join(f"{v}" for v in settings[name].values()) for name in ("pretraining", "tuning")}
-    kinds = {name: "steps" if "steps" in settings[name] else "of processor time" for name in bounds}
     page.heading("How it was done")
     page.text(
-        f"Each arm was trained for {bounds['tuning']} {kinds['tuning']} on the same labels, each size within the next, "
+        f"Each arm was trained for {in_words(settings['tuning'])} on the same labels, each size within the next, "
         f"in batches of at most {settings['edges']} edges, {_rate(result)}. "
         f"Of every number of labels {VALID:.0%} choose the checkpoint and are counted; below {FEW} all train and the "
         "last weights are taken. What is not trained (zero-shot, aligned, probe) fits all of them. "
-        f"{_bases(result, ' '.join((bounds['pretraining'], kinds['pretraining'])))} {CHOSEN[result['verdict by']]}"
+        f"{_bases(result, in_words(settings['pretraining']))} {CHOSEN[result['verdict by']]}"
     )
     page.text(" ".join(_tests(result)))
 

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..objectives import Denoise, Objective, Potential, Together
 from ..objectives.together import Parts
 from ..run import fingerprint
-from ..train import parse_time
+from .bounds import both, bound_of, plain
 from .cells import Cell
 from .ranking import LONG, SCRATCH
 from .stages import pretrained, tuned
@@ -188,7 +188,7 @@ class Plan:
         """One fine-tuning, and the pre-training that it needs."""
         objective = objectives[arm]
         needs: dict[str, Cell] = {}
-        seconds = parse_time(settings["tuning"])
+        bound = bound_of(settings["tuning"])
         if objective is not None:
             relaxed = isinstance(objective, Denoise) and not objective.told_forces
             data: Any = self.relaxed if relaxed else list(self.levels.values())
@@ -207,7 +207,7 @@ class Plan:
             }
             needs["base"] = Cell({"backbone": backbone, "arm": arm, "seed": seed}, pretrained, arguments)
         elif arm == LONG:
-            seconds += parse_time(settings["pretraining"])
+            bound = both(bound, bound_of(settings["pretraining"]))
         goal = self.targets[target]
         key = {"target": target, "backbone": backbone, "arm": arm, "n_train": n_train, "seed": seed, "lr": rate}
         arguments = {
@@ -216,7 +216,7 @@ class Plan:
             "ids": self.ids[target],
             "objective": goal.objective,
             "architecture": backbones[backbone],
-            "time": f"{seconds:g}s",
+            "time": plain(bound),
             "edges": settings["edges"],
             "label": dict(goal.label),
             "unit": dict(goal.unit),

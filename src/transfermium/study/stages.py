@@ -19,6 +19,7 @@ from ..objectives import Objective
 from ..objectives.together import Parts
 from ..train import TrainConfig
 from ..transfer import finetune, pretrain
+from .bounds import bound_of
 from .cells import Done
 from .judged import errors_of
 
@@ -53,7 +54,7 @@ def pretrained(
     """Pre-train one arm; returns what it took."""
     torch.set_num_threads(1)  # or threads that wait would count as work
     model = pretrain(
-        packed_at(folder, data), objective, architecture, processor_time=time, seed=seed, edges=edges,
+        packed_at(folder, data), objective, architecture, **bound_of(time), seed=seed, edges=edges,
         label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
         calibrate=False,
     )  # fmt: skip
@@ -84,7 +85,7 @@ def tuned(
     everything = read(packed_at(folder, pool))
     members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
     options: dict[str, Any] = {
-        "processor_time": time, "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
+        **bound_of(time), "lr": lr, "seed": seed, "edges": edges, "label": label, "unit": unit,
         "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu", "calibrate": False,
     }  # fmt: skip
     chosen = Subset(everything, members)
