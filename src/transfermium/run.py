@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -90,6 +91,19 @@ def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = F
 def write_json(path: Path, content: Any) -> None:
     """Write JSON at once or not at all."""
     write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def plain(content: Any) -> Any:
+    """The same in types that JSON knows; None for numbers that are not finite, which it does not."""
+    if isinstance(content, Mapping):
+        return {str(name): plain(item) for name, item in content.items()}
+    if isinstance(content, np.ndarray | np.generic):
+        return plain(content.tolist())
+    if isinstance(content, list | tuple):
+        return [plain(item) for item in content]
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    return content if content is None or isinstance(content, bool | int | str) else str(content)
 
 
 def fingerprint(structures: Sequence[ase.Atoms], most: int = 20_000) -> str:

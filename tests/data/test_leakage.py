@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from transfermium.data import leakage as module
 from transfermium.data import pack, read
-from transfermium.data.leakage import fingerprint, leaks, summary, without
+from transfermium.data.leakage import FRAMES, TOLERANCE, fingerprint, leaks, summary, tolerance_for, without
 from transfermium.errors import InputError
 
 
@@ -254,6 +254,27 @@ def test_progress_is_shown_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "PATIENCE", -1.0)
     assert len(leaks([bulk("Cu")] * 4, [bulk("Cu")], quiet=True)) == 4
     assert shown == [(4, True)]
+
+
+def test_ids_tell_materials_of_one_composition_apart() -> None:
+    """Frames of one of two polymorphs, all like each other, may not go on to train."""
+
+    def frames(structure: str, a: float, name: str, n: int, seed: int) -> list[Atoms]:
+        found = [bulk("Si", structure, a=a) * (2, 2, 2) for _ in range(n)]
+        for k, atoms in enumerate(found):
+            atoms.rattle(0.05, seed=seed + k)
+            atoms.info["material_id"] = name
+        return found
+
+    pool, tests = frames("diamond", 5.43, "a", 12, 0), frames("diamond", 5.43, "a", 4, 50)
+    assert tolerance_for(pool, tests) == FRAMES
+    assert len(without(pool, tests, tolerance=FRAMES, quiet=True)[0]) == 12
+    both = [*pool, *frames("fcc", 3.9, "b", 8, 99)]
+    assert tolerance_for(both, tests) == TOLERANCE
+    assert len(without(both, tests, quiet=True)[0]) == 8
+    for k, atoms in enumerate([*both, *tests]):
+        atoms.info["material_id"] = f"frame {k}"  # tells nothing
+    assert tolerance_for(pool, tests) == FRAMES
 
 
 def test_what_makes_no_sense_is_refused() -> None:

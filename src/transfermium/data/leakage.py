@@ -16,7 +16,7 @@ from .columns import codes as column_codes
 from .columns import info_names, is_missing
 from .labels import word
 from .sequences import Subset, original
-from .split import IDS, formulas
+from .split import IDS, MATERIAL_IDS, formulas
 
 TOLERANCE = 0.05  # fcc and hcp differ by 0.059
 FRAMES = 0.005  # two frames of a liquid differ by 0.015, neighbours in one trajectory by 0.002
@@ -120,11 +120,27 @@ def without(
 def tolerance_for(structures: Sequence[Atoms], held_out: Sequence[Atoms]) -> float:
     """`TOLERANCE`; or `FRAMES` where both are frames of one system, which are all alike: nothing would be left.
 
-    They are where all have the same reduced composition, and most of `structures` leak into `held_out`.
+    They are where all have the same reduced composition, most of `structures` leak into `held_out`, and no ids tell
+    several materials apart.
     """
     if len(np.unique(np.concatenate([formulas(structures), formulas(held_out)]))) > 1:
         return TOLERANCE
+    if _of_several_materials(structures, held_out):
+        return TOLERANCE
     return FRAMES if 2 * len(leaks(structures, held_out, quiet=True)) > len(structures) else TOLERANCE
+
+
+def _of_several_materials(*sides: Sequence[Atoms]) -> bool:
+    """Whether ids of materials, not those of frames or trajectories, group structures."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for side in sides:
+        members = _ids(side, np.zeros(len(side), int), list(range(len(side))))
+        counts.update({(key, value): len(own) for (_, key, value), own in members.items() if key in MATERIAL_IDS})
+    for key in {key for key, _ in counts}:
+        own = [n for (name, _), n in counts.items() if name == key]
+        if len(own) > 1 and max(own) > 1:
+            return True
+    return False
 
 
 def summary(found: Sequence[Leak], total: int) -> str:

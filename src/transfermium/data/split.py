@@ -20,11 +20,12 @@ from .columns import codes as column_codes
 from .labels import word
 from .sequences import Subset, original
 
-IDS = (  # of a material or a trajectory, the coarser first
-    "material_id", "material", "mp_id", "mpid", "mbid", "jid", "icsd_id", "oqmd_id", "alexandria_id", "mptrj_traj_id",
-    "internal_id", "qm7_id", "molecule_id", "molecule", "smiles", "system", "system_id", "group_id", "traj_id",
-    "trajectory_id", "trajectory",
+MATERIAL_IDS = (
+    "material_id", "material", "mp_id", "mpid", "mbid", "jid", "icsd_id", "oqmd_id", "alexandria_id", "qm7_id",
+    "molecule_id", "molecule", "smiles", "system", "system_id",
 )  # fmt: skip
+TRAJECTORY_IDS = ("mptrj_traj_id", "internal_id", "group_id", "traj_id", "trajectory_id", "trajectory")
+IDS = (*MATERIAL_IDS, *TRAJECTORY_IDS)  # the coarser first
 TRAIN = {"train", "training", "tr"}
 VALID = {"val", "valid", "validation", "dev"}
 TEST = {"test", "testing", "holdout"}
