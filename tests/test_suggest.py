@@ -116,9 +116,13 @@ class TestSuggest:
 
         monkeypatch.chdir(tmp_path)
         potential().save("m.safetensors")
-        ase.io.write("pool.extxyz", alloys(12))
+        pool = alloys(12)
+        for atoms in pool:
+            atoms.info["gap"] = np.nan
+        ase.io.write("pool.extxyz", pool)
         cli.main(["suggest", "m.safetensors", "pool.extxyz", "--n", "3", "--out", "next.extxyz", "--device", "cpu"])
         assert "variance left" in capsys.readouterr().out
         cli.main(["suggest", "m.safetensors", "pool.extxyz", "--n", "3", "--out", "next.extxyz", "--json"])
-        rows = json.loads(capsys.readouterr().out)
+        rows = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert all(row["gap"] is None for row in rows)
         assert [row["pool_index"] for row in rows] == [a.info["pool_index"] for a in ase.io.read("next.extxyz", ":")]

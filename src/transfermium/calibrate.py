@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data.load import VALIDATION, rng_of
 from .data.sequences import Subset
+from .data.split import independent
 from .evaluate import parts, shared
 from .graph import Sample, to_batch
 from .model import Model
@@ -79,7 +80,10 @@ def calibrated(
             entry["none"] = f"{entry['n']} labels are too few for an interval, which needs {LEAST}"
         targets[name] = entry
     n_folds = len(np.unique(cross.folds))
-    content = {"structures": len(valid), "folds": n_folds, "typical": typical, "edge": edge, "targets": targets}
+    content = {
+        "structures": len(valid), "materials": len(np.unique(independent(valid))), "folds": n_folds,
+        "typical": typical, "edge": edge, "targets": targets,
+    }  # fmt: skip
     return Calibration(content, {name: torch.from_numpy(np.asarray(array, np.float32)) for name, array in kept.items()})
 
 

@@ -30,6 +30,7 @@ from .errors import InputError
 from .model import asked, subclasses
 from .objectives import Objective, Property
 from .objectives.together import Parts
+from .run import plain
 from .train import TrainConfig
 
 Arguments = dict[str, Any]
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _end_in_order()
         if not _takes_part(next(iter(argv), "")):
             return
+        _import_what_is_typed(argv)
         arguments = _parsed(_spelled(argv))
         verb = arguments["verb"]
         values = arguments[verb].as_dict()
@@ -123,7 +125,7 @@ def evaluate(arguments: Arguments) -> None:
     if distributed.rank() > 0:
         return
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        _print_json(result)
         return
     rich.print(table(f"Errors on {result['n']} structures", printable(result)))
     if rows := printable_elements(result):
@@ -158,7 +160,7 @@ def suggest(arguments: Arguments) -> None:
     if distributed.rank() > 0:
         return
     if as_json:
-        print(json.dumps([atoms.info for atoms in chosen], ensure_ascii=False, default=str))
+        _print_json([atoms.info for atoms in chosen])
         return
     rich.print(table("To label next, in this order", printable(chosen)))
     console.print(f"{len(chosen)} structures written to {out}", markup=False, soft_wrap=True)
@@ -176,7 +178,7 @@ def info(arguments: Arguments) -> None:
         **model.card,
     }
     if arguments["json"]:
-        print(json.dumps(card, ensure_ascii=False))
+        _print_json(card)
         return
     print(_yaml(card), end="")
 
@@ -208,7 +210,7 @@ def leaks(arguments: Arguments) -> None:
     structures, held_out = read(arguments["data"]), read(arguments["held_out"])
     found = run(structures, held_out, tolerance=arguments["tolerance"])
     if arguments["json"]:
-        print(json.dumps({"structures": len(structures), "leaks": [vars(leak) for leak in found]}, ensure_ascii=False))
+        _print_json({"structures": len(structures), "leaks": [vars(leak) for leak in found]})
         return
     for leak in found:
         print(f"{leak.index}\t{leak.other}\t{leak.why}")
@@ -223,7 +225,7 @@ def doctor(arguments: Arguments) -> None:
     data, base = arguments.pop("data"), arguments.pop("base")
     diagnosis = run(data, base, verbose=not as_json, **_with_pairs(arguments))
     if as_json:
-        print(json.dumps(diagnosis.to_json(), ensure_ascii=False))
+        _print_json(diagnosis.to_json())
     if diagnosis.errors:  # which have been said
         sys.exit(1)
 
@@ -248,7 +250,7 @@ def bakeoff(arguments: Arguments) -> None:
     data, out = pairs.pop("data"), pairs.pop("out")
     result = run(data, targets, out, backbones=backbones, quiet=as_json, **{**pairs, **cheap})
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        _print_json(result)
 
 
 def curve(arguments: Arguments) -> None:
@@ -260,7 +262,7 @@ def curve(arguments: Arguments) -> None:
     pairs |= {name: _numbers(name.replace("_", "-"), pairs[name]) for name in ("sizes", "base_sizes")}
     result = run(pairs.pop("data"), pairs.pop("objective"), pairs.pop("out"), quiet=as_json, **pairs)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        _print_json(result)
 
 
 def md(arguments: Arguments) -> None:
@@ -273,7 +275,7 @@ def md(arguments: Arguments) -> None:
     model, structure, out = (arguments.pop(name) for name in ("model", "structure", "out"))
     result = run(model, structure, out, verbose=not as_json, **arguments)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        _print_json(result)
     if result["stopped"]:  # which has been said
         sys.exit(1)
 
@@ -286,7 +288,7 @@ def relax(arguments: Arguments) -> None:
     model, structures, out = (arguments.pop(name) for name in ("model", "data", "out"))
     relaxed = run(model, structures, out, verbose=not as_json, **arguments)
     if as_json:
-        print(json.dumps([atoms.info for atoms in relaxed], ensure_ascii=False, default=str))
+        _print_json([atoms.info for atoms in relaxed])
     console.print(f"{len(relaxed)} structures written to {out}", markup=False, soft_wrap=True)
     if not all(atoms.info["relaxed"] for atoms in relaxed):  # which has been said
         sys.exit(1)
@@ -823,6 +825,10 @@ def _readable(message: str, options: Sequence[str], config: str | None = None) -
     if found := re.search(r"Option '([\w.-]+)' is not accepted", text):
         names = [name for cls in classes for name in inspect.signature(cls).parameters]
         return f"{option} has no option '{found[1]}'{_nearest(found[1], names)}"
+    if found := re.search(r"Importing '([\w.]+)' is not allowed", text):
+        return (
+            f"{found[1]} is code, which a configuration cannot name: give it on the command line (--{'.'.join(keys)})"
+        )
     if classes and (found := re.search(r"Expected a (?:path but|dot import path string:) (\S+)", text)):
         names = sorted(cls.__name__ for cls in classes)
         return f"there is no {keys[0]} '{found[1]}', only {', '.join(names)}{_nearest(found[1], names)}"
@@ -852,13 +858,27 @@ def _options(verb: str) -> list[str]:
     return [option for action in verbs[verb]._actions for option in action.option_strings]
 
 
+def _print_json(content: Any) -> None:
+    print(json.dumps(plain(content), ensure_ascii=False, allow_nan=False))
+
+
 def _check_teacher(teacher: str | None, argv: Sequence[str]) -> None:
     """Refuse code that a configuration names; only who types runs it."""
-    typed = any(word.partition("=")[0] == "--teacher" for word in argv)
+    words = chain(*(word.split("=", 1) if word.startswith("--teacher=") else [word] for word in argv))
+    typed = teacher is not None and ("--teacher", teacher) in pairwise(words)
     if teacher is not None and ":" in teacher and not typed and not Path(teacher).exists():
         raise InputError(
             f"the teacher {teacher} is code, which a configuration cannot name: give it on the command line (--teacher)"
         )
+
+
+def _import_what_is_typed(argv: Sequence[str]) -> None:
+    """Let no configuration name a module to import; classes of one's own are those of the command line."""
+    typed = chain(*(re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", word) for word in argv))
+    jsonargparse.set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=["transfermium", *(path for path in typed if not path.startswith("jsonargparse"))],
+    )
 
 
 def _config_of(argv: Sequence[str]) -> str | None:

@@ -47,11 +47,12 @@ def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of named cells as a table; numbers are right-aligned."""
     from rich.table import Table
+    from rich.text import Text
 
-    result = Table(title=title, title_justify="left", header_style="bold")
+    result = Table(title=Text(title), title_justify="left", header_style="bold")
     for name in rows[0] if rows else ():
         numeric = not isinstance(rows[0][name], str)
-        result.add_column(name, justify="right" if numeric else "left")
+        result.add_column(Text(name), justify="right" if numeric else "left")
     for row in rows:
-        result.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row.values()))
     return result

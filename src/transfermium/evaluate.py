@@ -40,6 +40,7 @@ from .unseen import WITHOUT
 
 T = TypeVar("T")
 
+FEW_MATERIALS = 10  # fewer say little of others
 BOUND = re.compile(r"\w+_(low|high|error)[\d.]+|training_distance|far")  # keys of intervals
 PRINTED = {"eV/atom": ("meV/atom", 1e3), "eV/Å": ("meV/Å", 1e3), "eV/Å^3": ("GPa", 160.21766208)}
 
@@ -515,6 +516,9 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
     result = atoms.copy()
     result.calc = None
     meanings = [name if KEYS.get(name) else stored_as(model, name) for name in outputs]
+    bounds = {"training_distance", "far"} | {f"{name}_{end}" for name in meanings for end in ENDS}
+    for key in [key for key in result.info if BOUND.fullmatch(key) and key.rstrip("0123456789.") in bounds]:
+        del result.info[key]  # perhaps of another model
     for key in [key for name in dict.fromkeys([*outputs, *meanings]) for key in (name, *KEYS.get(name, ()))]:
         result.info.pop(key, None)
         if key not in ("numbers", "positions"):
@@ -579,6 +583,11 @@ def _tell_doubt(doubt: Uncertainty, results: Sequence[ase.Atoms], level: float) 
             )
     if told:
         console.print(f"{percent(level)} % intervals, of a typical structure: {', '.join(told)}", markup=False)
+        if doubt.materials is not None and doubt.materials < FEW_MATERIALS:
+            console.print(
+                f"[yellow]They were judged on structures of {doubt.materials} "
+                f"{'material' if doubt.materials == 1 else 'materials'} only: of others fewer may lie within[/yellow]"
+            )
     if n := sum(bool(atoms.info.get("far")) for atoms in results):
         console.print(
             f"[yellow]Far from the training data, where intervals promise nothing: {n:,} of {len(results):,} "

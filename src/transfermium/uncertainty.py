@@ -176,12 +176,12 @@ class CrossChoice:
 
 
 def folds(structures: Sequence[ase.Atoms]) -> np.ndarray:
-    """Two folds of many structures, more of few, by materials where there are several: (n_structures,)."""
+    """Two folds of many structures, up to ten of few, materials whole where there are several: (n_structures,)."""
     n = len(structures)
     groups = np.unique(materials(structures), return_inverse=True)[1]
     n_groups = int(groups.max(initial=-1)) + 1
     wanted = 2 if n >= HALVED else FOLDS
-    if n_groups < wanted:
+    if n_groups < 2:
         groups, n_groups = np.arange(n), n
     dealt = np.random.default_rng(0).permutation(n_groups) % min(wanted, max(n_groups, 1))
     return np.asarray(dealt[groups])
@@ -261,9 +261,9 @@ class Interval(NamedTuple):
         n = len(self.scores)
         k = math.ceil((n + 1) * level - 1e-9)
         if k > n:
-            most = n / (n + 1)
+            most = math.floor(1e3 * n / (n + 1)) / 1e3
             raise InputError(
-                f"an interval of level {level:g} needs more than {n} calibration structures: ask for {most:.3g} at most"
+                f"an interval of level {level:g} needs more than {n} calibration structures: ask for {most:g} at most"
             )
         return float(self.scores[k - 1])
 
@@ -275,13 +275,17 @@ class Uncertainty:
         intervals: target to `Interval`.
         typical: the median squared distance of validation structures.
         edge: the distance that 99 % of them stay below.
+        materials: how many materials they are of, if that is known.
     """
 
-    def __init__(self, spread: Spread, intervals: Mapping[str, Interval], typical: float, edge: float):
+    def __init__(
+        self, spread: Spread, intervals: Mapping[str, Interval], typical: float, edge: float, materials: int | None
+    ):
         self.spread = spread
         self.intervals = dict(intervals)
         self.typical = typical
         self.edge = edge
+        self.materials = materials
 
     @classmethod
     def of(cls, model: Model) -> Uncertainty | None:
@@ -305,7 +309,8 @@ class Uncertainty:
             }
             if not all(one.scaled in ("", "distance", *model.outputs) for one in intervals.values()):
                 raise ValueError("an unknown scale")
-            return cls(spread.checked(), intervals, float(known["typical"]), float(known["edge"]))
+            few = int(known["materials"]) if "materials" in known else None
+            return cls(spread.checked(), intervals, float(known["typical"]), float(known["edge"]), few)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the model's record of its uncertainty is damaged: {error}; train it again") from None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import platform
 import re
 import warnings
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 
 from .. import __version__
 from ..model import write_whole
+from ..run import plain
 from .figures import styled
 from .structures import Column, need_viewer, scripts, view
 
@@ -150,7 +150,7 @@ class Page:
 
     def numbers(self, obj: Any) -> Page:
         """The numbers behind the page, as JSON: embedded, and beside the page. What is not finite becomes null."""
-        self._numbers = json.dumps(_plain(obj), ensure_ascii=False, indent=1, allow_nan=False)
+        self._numbers = json.dumps(plain(obj), ensure_ascii=False, indent=1, allow_nan=False)
         return self
 
     def write(self, path: str | Path) -> Path:
@@ -241,7 +241,7 @@ def _renamed(name: str, value: str, prefix: str) -> str:
 
 def _shown(value: Any) -> str:
     """A cell as text."""
-    value = _plain(value)
+    value = plain(value)
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -261,19 +261,6 @@ def _kind(cells: Sequence[str]) -> str:
     if filled and all(re.fullmatch(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?", cell) for cell in filled):
         return ' class="number"'
     return ' class="short"' if all(len(cell) < 26 for cell in filled) else ""
-
-
-def _plain(value: Any) -> Any:
-    """The same in types that JSON knows."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _citation() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import rich
+from rich.text import Text
 
 from ..backbones import Backbone, TensorNet
 from ..console import console, table
@@ -143,7 +144,7 @@ def bakeoff(
     if not quiet:
         rich.print(table("Errors", rows(result, short=True)))
         rich.print(table("Answers", questions(result)))
-        rich.print(result["verdict"])
+        rich.print(Text(result["verdict"]))
         console.print(f"Report: {path.resolve()}")
     return result
 

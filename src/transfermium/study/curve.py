@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import rich
 from ase import Atoms
+from rich.text import Text
 
 from ..backbones import Backbone, TensorNet
 from ..console import console, table
@@ -153,8 +154,8 @@ def curve(
     cost = None if cost_per_label is None else _hours(cost_per_label)
     bounds = {"pretraining": bound_of(pretraining), "tuning": bound_of(tuning)}
     seconds = None if budget is None else parse_time(budget)
-    if margin < 0:
-        raise InputError(f"margin is {margin}, but must not be negative")
+    if not margin > 0:
+        raise InputError(f"margin is {margin}, but must be above zero")
     study = Study(
         structures, objective, Path(out), base, part, base_data, base_objective, base_sizes, backbone, arms, cheap,
         sizes, seeds, test, split_key, rates, edges, (label or {}, unit or {}), (base_label or {}, base_unit or {}),
@@ -214,7 +215,7 @@ def curve(
             if has_baselines(result, quantity):
                 title = f"The same without a network, {result['baselines from']}"
                 rich.print(table(title, rows(result, quantity, "baselines", ranges=False)))
-        rich.print(result["verdict"])
+        rich.print(Text(result["verdict"]))
         console.print(f"Report: {path.resolve()}")
     return result
 
@@ -277,6 +278,11 @@ class Study:
 
         if base_data is None and (needy := {REPLAY, TOGETHER} & set(self.arms)):
             raise InputError(f"the arm '{min(needy)}' learns the base's structures too: give them as base_data")
+        if base_data is None and LONG in self.arms:
+            raise InputError(
+                f"the arm '{LONG}' trains as long as both stages took, but what a finished base took was not measured "
+                "here: leave it out, or give base_data"
+            )
 
         if (cheap is not None or DELTA in self.arms) and not isinstance(objective, Property):
             raise InputError(
@@ -377,10 +383,11 @@ class Study:
             console.print(f"Pre-training on {many} structures; {self.leaks}")
 
     def units(self) -> dict[str, str]:
-        """Of the quantities that will be judged, as far as labels say; the most important first."""
+        """Of the quantities that will be judged, which all test structures have; the most important first."""
         known = {"energy": ("energy_per_atom", "eV/atom"), "forces": ("forces", "eV/Å"), "stress": ("stress", "eV/Å^3")}
         entries = labelled_for(self.objective, self.test_atoms, *self.named).labels.entries
-        found = dict(known.get(e.quantity, (e.quantity, e.unit or "")) for e in entries if e.quantity in self.wanted)
+        judged = (e for e in entries if e.quantity in self.wanted and e.count == e.total)
+        found = dict(known.get(e.quantity, (e.quantity, e.unit or "")) for e in judged)
         if isinstance(self.objective, Property) and self.objective.task == "classification":
             found = dict.fromkeys(found, "wrong")
         return {name: found[name] for name in in_order(found, self.wanted)}
