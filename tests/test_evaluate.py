@@ -331,3 +331,22 @@ def test_derivatives_are_evaluated_also_where_they_were_not_trained_on():
     structures = alloys(6)
     model = tm.pretrain(structures, tm.Potential(stress=0.0), painn(), steps=1, verbose=False)
     assert {"energy_per_atom", "forces", "stress"} <= set(tm.evaluate(model, structures, verbose=False))
+
+
+def test_structures_it_was_trained_on_are_told(capsys):
+    data = alloys(12)
+    model = tm.pretrain(data, tm.Potential(), painn(), steps=1, **QUICK)
+    for structures, told in ((data, True), (alloys(12, seed=3), False)):
+        capsys.readouterr()
+        tm.evaluate(model, structures)
+        assert ("was trained on these structures" in " ".join(capsys.readouterr().err.split())) is told
+
+
+def test_errors_by_element_are_shown_where_they_differ():
+    result = {
+        "energy_per_atom": {"unit": "eV/atom", "per_element": {"Na": 0.1, "Cl": 0.1}},
+        "forces": {"unit": "eV/Å", "per_element": {"Na": 0.1, "Cl": 0.2}},
+    }
+    rows = printable_elements(result)
+    assert [list(row) for row in rows] == [["element", "forces (meV/Å)"]] * 2
+    assert printable_elements({"energy_per_atom": result["energy_per_atom"]}) == []

@@ -111,6 +111,15 @@ class TestSuggest:
         with pytest.raises(InputError, match=words):
             tm.suggest(potential(), alloys(5), **{"n": 2, "verbose": False, **options})
 
+    def test_what_is_labelled_is_not_asked_for(self, capsys):
+        pool = alloys(12)
+        found = tm.suggest(potential(), pool, 3, labelled=[pool[k].copy() for k in (0, 5)])
+        assert "2 of 12 structures are labelled already: left out" in " ".join(capsys.readouterr().err.split())
+        assert not {0, 5} & {atoms.info["pool_index"] for atoms in found}
+        assert all((pool[a.info["pool_index"]].positions == a.positions).all() for a in found)
+        with pytest.raises(InputError, match="n is 11, but of the pool only 10"):
+            tm.suggest(potential(), pool, 11, labelled=pool[:2], verbose=False)
+
     def test_the_command_line(self, tmp_path, monkeypatch, capsys):
         from transfermium import cli
 

@@ -127,7 +127,7 @@ class Calculator(AseCalculator):
             if unseen:
                 raise InputError(
                     f"the model never saw {', '.join(unseen)}: train on structures with these elements, "
-                    "or pass allow_unseen=True"
+                    "or pass allow_unseen=True (--allow-unseen)"
                 )
         self.checked |= new
 

@@ -311,7 +311,7 @@ def check_unseen(calculator: Calculator, structures: Sequence[ase.Atoms]) -> Non
         if unseen := unseen_elements(calculator.model, structures[index].numbers):
             raise InputError(
                 f"structure {index} has {', '.join(unseen)}, which the model never saw: train on structures with these "
-                "elements, or pass allow_unseen=True"
+                "elements, or pass allow_unseen=True (--allow-unseen)"
             )
 
 

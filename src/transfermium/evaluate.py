@@ -34,6 +34,7 @@ from .model import Model, check_file, load, rebuilt, write_whole
 from .objectives import Objective, Together
 from .objectives.base import label as as_label
 from .objectives.mask import Removal
+from .run import fingerprint
 from .train import chosen_device, evaluate_loss, in_parts
 from .uncertainty import OF_ATOMS, Uncertainty, percent, why_not
 from .unseen import WITHOUT
@@ -99,6 +100,8 @@ def evaluate(
             f"{', '.join(available(given)) or 'none'}; name their keys with --label NAME=KEY"
         )
     labelled = Labelled(given, labels)
+    if verbose and fingerprint(labelled) in [stage.get("data") for stage in model.card.get("history", [])]:
+        console.print("[yellow]The model was trained on these structures: on others it may err more[/yellow]")
     if verbose and labels.entries:
         console.print(labels.table())
     if verbose and (lacking := without_reference(model, np.flatnonzero(count_elements(given)))):
@@ -322,7 +325,8 @@ def printable(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def printable_elements(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of a table of mean absolute errors by element."""
-    names = [n for n, f in result.items() if isinstance(f, Mapping) and "per_element" in f]
+    known = {n: f["per_element"] for n, f in result.items() if isinstance(f, Mapping) and "per_element" in f}
+    names = [n for n, found in known.items() if len(found) == 1 or len(set(found.values())) > 1]  # or they tell nothing
     elements = list(dict.fromkeys(e for n in names for e in result[n]["per_element"]))
     rows = []
     for element in elements:

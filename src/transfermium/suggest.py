@@ -52,7 +52,7 @@ def suggest(
         pool: structures without labels; any that they have are not looked at.
         n: how many to choose.
         out: an extended XYZ file for them.
-        labelled: structures that have labels already: what they teach is not asked again.
+        labelled: structures that have labels already: what they teach is not asked again, nor are they themselves.
         method: "variance" as above, "k-center" for those farthest from all before, or "random" to compare with.
         seed: of random choice, and of what is looked at in a pool of more than `MOST` structures.
 
@@ -74,13 +74,19 @@ def suggest(
     if not 0 < n <= len(given):
         raise InputError(f"n is {n}, but must be between 1 and the {len(given)} structures of the pool")
     rng = np.random.default_rng(seed)
+    known = [] if labelled is None else list(read(labelled))
     looked = np.arange(len(given))
-    if len(given) > max(MOST, n):
-        looked = np.sort(rng.choice(len(given), max(MOST, n), replace=False))
+    if labels := set(map(_identity, known)):
+        looked = np.array([i for i, atoms in enumerate(given) if _identity(atoms) not in labels], int)
+        if verbose and len(looked) < len(given):
+            console.print(f"{len(given) - len(looked):,} of {len(given):,} structures are labelled already: left out")
+        if n > len(looked):
+            raise InputError(f"n is {n}, but of the pool only {len(looked)} structures are not labelled already")
+    if len(looked) > max(MOST, n):
+        looked = np.sort(rng.choice(looked, max(MOST, n), replace=False))
         if verbose:
             console.print(f"Of {len(given):,} structures {len(looked):,} are looked at, drawn at random")
     candidates = [given[int(i)] for i in looked]
-    known = [] if labelled is None else list(read(labelled))
     tell_unseen(model, candidates, verbose)
     model = model.to(chosen_device(device)).eval()
 
@@ -184,6 +190,12 @@ def _features(model: Model, structures: Sequence[ase.Atoms], edges: int, verbose
     for some in shared(parts(model, structures, edges), work, structures, "looking at structures", not verbose):
         found |= some
     return np.stack([found[i] for i in range(len(structures))])
+
+
+def _identity(atoms: ase.Atoms) -> tuple[bytes, ...]:
+    """The same for the same atoms at the same places, in the same order."""
+    arrays = (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
+    return tuple(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
 def _write(path: Path, structures: Sequence[ase.Atoms]) -> None:

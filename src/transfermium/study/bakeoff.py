@@ -105,6 +105,7 @@ def bakeoff(
         )
     if dry_run:
         return {}
+    plan.packs.write()
 
     def cells(wanted: Iterable[tuple[Any, ...]]) -> list[Cell]:
         return [plan.cell(objectives, backbones, settings, *each) for each in wanted]

@@ -36,13 +36,13 @@ from ..train import parse_time
 from ..transfer import weights_fingerprint
 from .bakeoff_page import finite
 from .baselines import baselines, compositions_of, unlabelled
-from .bounds import both, bound_of, seconds_of
+from .bounds import both, bound_of, in_words, seconds_of
 from .cells import Cell, cores, run
 from .curve_laws import MARGIN, Arm, Curves, goal_of, in_order, name_of, summary
 from .curve_page import Example, has_baselines, page, rows, shown
 from .judged import labelled_for, tested
 from .laws import short
-from .plan import Target, divided, packed
+from .plan import Packs, Target, divided
 from .points import (
     CHEAP,
     DEAR,
@@ -173,6 +173,7 @@ def curve(
         console.print(study.price())
     if dry_run:
         return {}
+    study.write()
     fan_out: dict[str, Any] = {"executor": executor, "workers": workers, "quiet": quiet}
     points = study.run(fan_out, halving=budget is not None)
 
@@ -221,7 +222,7 @@ def curve(
 
 
 class Study:
-    """The data of a curve, divided and packed, and its cells."""
+    """The data of a curve, divided and to be packed, and its cells."""
 
     def __init__(
         self,
@@ -316,8 +317,10 @@ class Study:
                 "a guessed reference (choose other test structures with --test or --split-key)[/yellow]"
             )
         self.varied = not compositions_of(pool)[:, in_tests].all()  # a few labels may lack an element of the tests
-        self.pool, self.test = packed(out, "pool", pool), packed(out, "test", tests)
+        self.packs = Packs(out)
+        self.pool, self.test = self.packs.add("pool", pool), self.packs.add("test", tests)
 
+        self.base: Model | None = None
         self.model: str | None = None
         self.base_sizes: list[int] = []
         self.leaks = ""
@@ -337,15 +340,17 @@ class Study:
                 raise InputError(f"{name} is of bases that are pre-trained here: leave it out, or give base_data")
         found = base if isinstance(base, Model) else load(base)
         self.backbone = copied(found.whole(self.part, list(self.objective.labels())).backbone)
-        folder = self.out / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model = f"base-{weights_fingerprint(found)}.safetensors"
-        if not (folder / self.model).exists():
-            found.save(folder / self.model)
+        self.base, self.model = found, f"base-{weights_fingerprint(found)}.safetensors"
         self.said_of_base = (
             f"{base if not isinstance(base, Model) else 'a model'}: what it was trained on is not compared with the "
             "test structures; if it has seen them, its arms look better than they are"
         )
+
+    def write(self) -> None:
+        """Put data and base into the folder, once nothing is left to be refused."""
+        self.packs.write()
+        if self.base is not None and self.model is not None and not (self.packs.folder / self.model).exists():
+            self.base.save(self.packs.folder / self.model)
 
     def _prepare(
         self,
@@ -371,12 +376,12 @@ class Study:
         self.ledger: str | None = None
         if REPLAY in self.arms:
             sides = split(kept, ASIDE, seed=0)
-            self.ledger = packed(self.out, "ledger", Subset(kept, sides.valid))
+            self.ledger = self.packs.add("ledger", Subset(kept, sides.valid))
             kept = Subset(kept, sides.train)
         self.base_sizes = sorted(set(sizes or [len(kept)]))
         if not 0 < self.base_sizes[0] <= self.base_sizes[-1] <= len(kept):
             raise InputError(f"base sizes {self.base_sizes} cannot be taken from {len(kept)} structures: ask for fewer")
-        self.base_objective, self.base_pack, self.n_base = objective, packed(self.out, "base", kept), len(kept)
+        self.base_objective, self.base_pack, self.n_base = objective, self.packs.add("base", kept), len(kept)
         many = " or ".join(f"{n:,}" for n in self.base_sizes)
         self.said_of_base = f"pre-trained on {many} structures, anew for each seed"
         if not quiet:
@@ -593,7 +598,8 @@ class Study:
         seconds = [seconds_of(self.bounds[name]) for name in ("pretraining", "tuning")]
         cells = f"{bases} pre-trainings and {tunings} fine-tunings"
         if None in seconds:
-            return cells
+            first, second = (in_words(self.bounds[name]) for name in ("pretraining", "tuning"))
+            return f"{cells}: {first} for each of the former, {second} for each of the latter"
         hours = ((bases + self._both_stages()) * (seconds[0] or 0.0) + tunings * (seconds[1] or 0.0)) / 3600
         return f"{cells}: at most {hours:.2g} hours of processor time"
 

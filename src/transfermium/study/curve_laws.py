@@ -203,8 +203,9 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
     if goal is None:
         return said
     needed = transfer.inverse(goal.error)
+    error = f"{short(goal.error)} {unit}".strip()
     if needed.value == math.inf and needed.most <= labels:
-        return f"{said} The curve ends at {short(needed.most)} labels above that error: measure more, up to {labels}."
+        return f"{said} The curve ends at {short(needed.most)} labels above {error}: measure more, up to {labels}."
     if needed.value == math.inf:
         return f"{said} With {labels} labels at hand, more than {short(needed.most - labels)} are missing."
     if needed.high <= labels:

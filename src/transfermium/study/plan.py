@@ -67,7 +67,7 @@ class Divided(NamedTuple):
 
 
 class Plan:
-    """The data of a study, packed into its folder, and the cells that work on it."""
+    """The data of a study, to be packed into its folder, and the cells that work on it."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Plan:
         sizes: Sequence[int] | None,
         quiet: bool,
     ):
-        self.out, self.targets, self.label, self.unit = out, targets, dict(label), dict(unit)
+        self.packs, self.targets, self.label, self.unit = Packs(out), targets, dict(label), dict(unit)
         known = [resolve(level, [], labels=label, units=unit, optional=list(KEYS)) for level in levels.values()]
         self.labels = {name for name in KEYS if all(name in labels for labels in known)}
         self.pools: dict[str, str] = {}  # names of packed sets
@@ -95,7 +95,8 @@ class Plan:
                 )
             tests.append(divided(name, target))
             pool, test = tests[-1].pool, tests[-1].test
-            self.pools[name], self.tests[name] = packed(out, f"{name}-pool", pool), packed(out, f"{name}-test", test)
+            self.pools[name] = self.packs.add(f"{name}-pool", pool)
+            self.tests[name] = self.packs.add(f"{name}-test", test)
             self.ids[name] = fingerprint(test)
             self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
             if self.sizes[name][0] < 1:
@@ -114,9 +115,9 @@ class Plan:
                     "every structure to pre-train on is also in a test set: there is nothing to learn from"
                 )
             near.append(Subset(kept, nearest_equilibrium(kept, label, unit)))
-            self.levels[name] = packed(out, f"pretraining{name and '-'}{name}", kept)
+            self.levels[name] = self.packs.add(f"pretraining{name and '-'}{name}", kept)
         relaxed = Joined(near) if len(near) > 1 else near[0]
-        self.relaxed = packed(out, "relaxed", relaxed)
+        self.relaxed = self.packs.add("relaxed", relaxed)
         self.own_counts: dict[str, str] = {}
         self.own = {name: self._own(name, arm, tests, quiet) for name, arm in own.items()}
         self.counts = {"structures": sum(len(kept) for kept, _ in sides.values()), "relaxed": len(relaxed)}
@@ -142,7 +143,7 @@ class Plan:
                 console.print(f"[yellow]{name}: {text}[/yellow]")
         if not len(kept):
             raise InputError(f"every structure of the arm {name} is also in a test set: there is nothing to learn from")
-        return packed(self.out, f"own-{name}", kept)
+        return self.packs.add(f"own-{name}", kept)
 
     def objectives(self, arms: Sequence[str] | Mapping[str, Objective | Arm] | None) -> dict[str, Objective | None]:
         """Arms and their objectives of pre-training, None where there is no such stage."""
@@ -260,11 +261,24 @@ def _untested(structures: Sequence[Atoms], tests: Sequence[Divided], quiet: bool
     return kept, found
 
 
-def packed(out: Path, name: str, structures: Sequence[Atoms]) -> str:
-    """Pack them into the folder of the study; their name there is part of what makes a cell another one."""
-    name = f"{name}-{fingerprint(structures)}"
-    pack(structures, out / "data" / name, progress=False)
-    return name
+class Packs:
+    """Packed sets in the folder of a study; their names there are part of what makes a cell another one."""
+
+    def __init__(self, out: Path):
+        self.folder = out / "data"
+        self.missing: dict[str, Sequence[Atoms]] = {}
+
+    def add(self, name: str, structures: Sequence[Atoms]) -> str:
+        """The name that they will have when they are written."""
+        name = f"{name}-{fingerprint(structures)}"
+        self.missing[name] = structures
+        return name
+
+    def write(self) -> None:
+        """Pack what is missing, once nothing is left to be refused."""
+        while self.missing:
+            name, structures = self.missing.popitem()
+            pack(structures, self.folder / name, progress=False)
 
 
 def _labelled(name: str, structures: Sequence[Atoms], target: Target) -> Subset:
