@@ -24,7 +24,7 @@ from rich.text import Text
 
 from . import __version__, distributed
 from .backbones import Backbone, TensorNet
-from .console import console, table
+from .console import console, table, track
 from .data.labels import KEYS
 from .errors import InputError
 from .model import asked, subclasses
@@ -185,15 +185,13 @@ def info(arguments: Arguments) -> None:
 
 def pack(arguments: Arguments) -> None:
     """Structures and labels as one folder of Arrow files, for random access out of core."""
-    from rich.progress import track
-
     from .data import pack as run
     from .data import resolve, stream
 
     arguments = _with_pairs(arguments, TRAINING_PAIRS)
     data, label, unit, labels = arguments["data"], arguments["label"], arguments["unit"], None
     if label or unit:
-        structures = track(stream(data), "looking for labels", console=console)
+        structures = track(stream(data), "looking for labels")
         labels = resolve(structures, [*label, *unit], labels=label, units=unit)
         console.print(labels.table())
     packed = run(data, arguments["out"], labels=labels, level=arguments["level"], provenance=arguments["provenance"])

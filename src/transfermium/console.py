@@ -18,10 +18,12 @@ console = Console(stderr=True, highlight=False)
 
 def bar(quiet: bool = False) -> Progress:
     """An empty set of progress bars with remaining time; silent when `quiet`."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
-    return Progress(
+    from .bars import Bars
+
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -35,12 +37,14 @@ def bar(quiet: bool = False) -> Progress:
 
 def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
     """The same items, with a progress bar that counts them."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from .bars import Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
     if total is None and isinstance(items, Sequence):
         total = len(items)
-    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
+    with Bars(*columns, console=console, disable=quiet, transient=True) as progress:
         yield from progress.track(items, total=total, description=title)
 
 
