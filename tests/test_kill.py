@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ase.io
 import pytest
 
 import transfermium as tm
-from tests.alloys import alloys
+from tests.alloys import alloys, potential
 from transfermium import cli
 from transfermium.data import read
 from transfermium.model import UNFINISHED, held, sweep, write_whole, writing
@@ -58,6 +63,17 @@ soak.main()
 """
 
 
+def test_a_verb_that_hangs_would_be_noticed(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("soak", SOAK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module.Soak, "run_here", lambda self, folder: None)
+    monkeypatch.setattr(module.cli, "main", lambda words: time.sleep(60))
+    soak = module.Soak("pack", tmp_path, tmp_path, 0)
+    assert soak.wrong[0].startswith("it hangs: no end after 0.2 s")
+
+
 def test_a_careless_verb_would_be_noticed() -> None:
     rows = soak(["-c", CARELESS, str(SOAK.parent), "--quick", "--json", "--verbs", "pretrain"], status=None)
     wrong = " ".join(rows[0]["wrong"])
@@ -71,6 +87,56 @@ def soak(arguments: list[str], status: int | None = 0) -> list[dict]:
     )  # fmt: skip
     assert status is None or result.returncode == status, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
+
+
+AT_WORK = """
+import importlib, os, sys, time
+from transfermium import cli, dynamics, stage
+
+def work(*arguments, **options):
+    if os.fork():  # the other one is like those that prepare batches, which end a little after who was killed
+        print("at work", flush=True)
+    time.sleep(60)
+
+stage.train = dynamics.Simulation.run = importlib.import_module("transfermium.relax")._relaxed = work
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "finetune m.safetensors a.extxyz --objective Potential --strategy auto --steps 1 --edges 400 --split-by random",
+        "md m.safetensors a.extxyz --index 0 --time 2fs --every 1fs",
+        "relax m.safetensors a.extxyz --steps 1",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_who_comes_second_is_refused_until_the_first_is_killed(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    potential().save("m.safetensors")
+    ase.io.write("a.extxyz", alloys(10))
+    words = [*command.split(), "--device", "cpu", "--out", "OUT.extxyz"]
+    with subprocess.Popen(
+        [sys.executable, "-c", AT_WORK, *words], stdout=subprocess.PIPE, start_new_session=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as first:  # fmt: skip
+        try:
+            assert first.stdout is not None and first.stdout.readline() == "at work\n"
+            with pytest.raises(SystemExit) as refused:
+                cli.main(words)
+            said = capsys.readouterr().err.strip()
+            told = "error: another process is at work in OUT.extxyz: wait until it ends, or choose another place"
+            assert refused.value.code == 2 and said.splitlines()[-1] == told
+            first.kill()
+            first.wait()
+            with suppress(SystemExit):  # with 1, where not all came to rest
+                cli.main(words)
+            assert "another process" not in capsys.readouterr().err
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert not list(tmp_path.rglob(f"*{UNFINISHED}"))
 
 
 class TestFiles:
@@ -109,6 +175,12 @@ class TestFiles:
         with pytest.raises(tm.InputError, match="holds other relaxations"):
             _Relaxed(tmp_path / "r.extxyz", {"fmax": 2})
 
+    @pytest.mark.parametrize("text", ["hello", '["fmax"]', '{"fmax": 1}\n{"x": 1}', '{"fmax": 1}\n3', '{"fmax": 1}\nx'])
+    def test_a_damaged_list_of_relaxations_is_said_to_be_so(self, tmp_path, text):
+        (tmp_path / "r.extxyz.jsonl").write_text(f"{text}\n")
+        with pytest.raises(tm.InputError, match=r"r\.extxyz\.jsonl is damaged: delete it|holds other relaxations"):
+            _Relaxed(tmp_path / "r.extxyz", {"fmax": 1})
+
     def test_packing_removes_what_was_left_but_not_what_another_packs(self, tmp_path):
         dead, alive = (tmp_path / f".set.{name}{UNFINISHED}" for name in ("dead", "alive"))
         for folder in (dead, alive):
@@ -117,6 +189,25 @@ class TestFiles:
         with held(alive):
             tm.pack(alloys(3), tmp_path / "set", progress=False)
         assert not dead.exists() and alive.exists() and len(read(tmp_path / "set")) == 3
+
+    @pytest.mark.parametrize("swept", [True, False])
+    def test_a_folder_that_another_process_takes_for_left_over_is_made_again(self, tmp_path, monkeypatch, swept):
+        first = []
+
+        @contextmanager
+        def hold(path):
+            if not first:
+                first.append(path)
+                shutil.rmtree(path)
+                if not swept:  # yet
+                    yield False
+                    return
+            with held(path) as ours:
+                yield ours
+
+        monkeypatch.setattr(importlib.import_module("transfermium.data.pack"), "held", hold)
+        tm.pack(alloys(3), tmp_path / "set", progress=False)
+        assert first and [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 class TestCommand:

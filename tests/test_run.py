@@ -1,13 +1,20 @@
 """A run folder belongs to one configuration."""
 
+import errno
 import json
+import os
+import signal
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 import transfermium as tm
 from tests.alloys import alloys
-from transfermium.run import claim, fingerprint, write_json
+from transfermium import model
+from transfermium.model import held
+from transfermium.run import claim, fingerprint, leaving_nothing, write_json
 
 CONFIG = {"verb": "pretrain", "backbone": {"class": "PaiNN", "arguments": {"width": 8, "inputs": ()}}, "steps": 3}
 
@@ -102,6 +109,79 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     with pytest.raises(tm.InputError, match="not a run of transfermium"):
         claim(tmp_path, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "bert"}', "[1]", "no JSON"])
+def test_nor_is_one_with_a_configuration_of_others_touched(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "pytorch_model.bin").write_text("weights")
+    with pytest.raises(tm.InputError, match="not a run of transfermium"):
+        claim(tmp_path, CONFIG)
+    assert (tmp_path / "config.json").read_text() == config
+
+
+def test_of_several_processes_each_says_why_although_another_has_removed_the_folder(tmp_path):
+    @leaving_nothing
+    def verb(out):
+        raise tm.InputError("of no use")
+
+    with pytest.raises(tm.InputError, match="of no use"):
+        verb(tmp_path / "run")
+
+
+class TestHolding:
+    """A folder that a verb has claimed is its own until it ends."""
+
+    @staticmethod
+    @leaving_nothing
+    def verb(out, inside=lambda: None):
+        claim(out, CONFIG)
+        claim(out, CONFIG)  # twice, as with a teacher
+        return inside()
+
+    @pytest.mark.parametrize("error", [None, tm.InputError, KeyboardInterrupt])
+    def test_until_it_ends_however_it_does(self, tmp_path, error):
+        def inside():
+            with pytest.raises(tm.InputError, match=r"another process is at work in .*run"):
+                self.verb(tmp_path / "run")
+            assert (tmp_path / "run/config.json").exists()
+            if error:
+                raise error
+
+        with pytest.raises(error) if error else nullcontext():
+            self.verb(tmp_path / "run", inside)
+        self.verb(tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+    def test_those_in_it_are_others(self, tmp_path):
+        self.verb(tmp_path, lambda: self.verb(tmp_path / "rungs", lambda: self.verb(tmp_path / "rungs/full")))
+
+    def test_what_is_finished_or_only_asked_for_is_not_held(self, tmp_path):
+        self.verb(tmp_path, lambda: claim(tmp_path, CONFIG, read_only=True))
+        (tmp_path / "model.safetensors").touch()
+        self.verb(tmp_path, lambda: self.verb(tmp_path))
+
+    def test_where_there_are_no_locks_nobody_is_kept_out(self, tmp_path, monkeypatch):
+        def unable(handle, how):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(model.fcntl, "flock", unable)
+        self.verb(tmp_path, lambda: self.verb(tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+    def test_workers_of_a_process_do_not_hold_what_it_holds(self, tmp_path):
+        """Or it would be theirs for seconds after it was killed."""
+        read, write = os.pipe()
+        with held(tmp_path) as ours:
+            if not (worker := os.fork()):
+                os.write(write, b"at work")
+                time.sleep(60)
+                os._exit(0)
+            assert ours and os.read(read, 7) == b"at work"
+        with held(tmp_path) as again:
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+            assert again
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -165,7 +165,7 @@ class Model(nn.Module):
         model.attached = self.attached
         if "targets" in (found := model.card.get("uncertainty", {})):
             named = {t.removeprefix(f"{name} "): e for t, e in found["targets"].items() if t.startswith(f"{name} ")}
-            named = {t: {**e, "output": own[e["output"]]} for t, e in named.items()}
+            named = {t: {**e, "output": own.get(e["output"], e["output"])} for t, e in named.items()}
             model.card["uncertainty"] = {**found, "targets": named}
         return model.train(self.training)
 
@@ -305,7 +305,7 @@ def load(path: str | Path) -> Model:
         model.load_state_dict(tensors)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or from another version: {reason}") from None
     return model.eval()
@@ -433,21 +433,48 @@ def _temporary(path: Path) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def held(path: str | Path) -> Iterator[bool]:
-    """Hold a file or folder, until the end or that of this process; whether nobody else does, as far as can be told."""
+def held(path: str | Path, make: bool = False) -> Iterator[bool | None]:
+    """Hold a file or folder until the end, or that of this process: True, or False where somebody else holds it.
+
+    None where there are no locks. With `make` a file that is missing is made.
+    """
     if not LOCKS:
-        yield False
+        yield None
         return
-    handle = os.open(path, os.O_RDONLY)
+    while True:
+        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+        ours = _locked(handle)
+        if not ours or (os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path))):
+            break
+        os.close(handle)  # who held it before has removed it
+    HANDLES.add(handle)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except OSError:  # another process does, or the file system has no locks
-            ours = False
         yield ours
     finally:
-        os.close(handle)
+        if handle in HANDLES:
+            HANDLES.remove(handle)
+            os.close(handle)
+
+
+def _locked(handle: int) -> bool | None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def _let_go() -> None:
+    """Close what the parent holds: its locks would else last as long as its workers."""
+    while HANDLES:
+        os.close(HANDLES.pop())
+
+
+HANDLES: set[int] = set()  # of what is held
+if LOCKS:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

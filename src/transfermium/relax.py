@@ -19,12 +19,13 @@ from .data.read import Source, read
 from .dynamics import STRETCHED, as_text, check_forces, check_unseen, forces_are_derivatives, has_stress, is_periodic
 from .errors import InputError
 from .model import Model, write_whole
-from .run import fingerprint
+from .run import fingerprint, hold, leaving_nothing
 from .transfer import weights_fingerprint
 
 CLIMBED = 1e-3  # eV; less is rounding
 
 
+@leaving_nothing
 def relax(
     model: str | Path | Model,
     structures: Source,
@@ -159,15 +160,20 @@ class _Relaxed:
         if out.suffix.lower() not in (".extxyz", ".xyz"):
             raise InputError(f"{out} ends in '{out.suffix}', but relaxed structures are written to .extxyz or .xyz")
         out.parent.mkdir(parents=True, exist_ok=True)
+        hold(out)
         lines = self.list.read_text().splitlines(keepends=True) if self.list.exists() else []
         lines = [line for line in lines if line.endswith("\n")]  # the last may have been cut off
         if not lines:
             if out.exists():
                 raise InputError(f"{out} exists and {self.list} does not say what it holds: choose another file")
             lines = [json.dumps(identity) + "\n"]
-        elif json.loads(lines[0]) != identity:
+        try:
+            ours = json.loads(lines[0]) == identity
+            self.size = int(json.loads(lines[-1])["bytes"]) if ours and len(lines) > 1 else 0
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{self.list} is damaged: delete it and {out}, and give the command again") from None
+        if not ours:
             raise InputError(f"{out} holds other relaxations, of other structures or settings: choose another file")
-        self.size = json.loads(lines[-1])["bytes"] if len(lines) > 1 else 0
         if (out.stat().st_size if out.exists() else 0) < self.size:
             raise InputError(f"{out} is shorter than it was: delete {self.list} and it, and give the command again")
         write_whole(self.list, "".join(lines).encode())  # first, for it says whose the other file is

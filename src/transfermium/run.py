@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,11 +17,12 @@ import ase
 import numpy as np
 
 from .errors import InputError
-from .model import UNFINISHED, sweep, write_whole
+from .model import UNFINISHED, held, sweep, write_whole
 
 WITHOUT_EFFECT = ("device", "workers", "accumulate")  # options that change where a run happens, not what it finds
 STATISTICS = ("rms", "minimum", "maximum")  # of labels, rounded otherwise where they are read as columns
 UNWRITTEN = {"batches per step": 1, "flop": None}  # what runs of earlier versions were, where they say nothing
+OURS = ("verb", "teacher")  # one of which every configuration has
 FIRST = {"config.json", "labels.json", "split.json", "metrics.csv", "metrics.jsonl"}  # before anything was learned
 HINTS = {"batches per step": "choose --accumulate times the number of processes to keep it"}
 
@@ -29,7 +31,10 @@ T = TypeVar("T")
 
 
 def leaving_nothing(verb: Callable[P, T]) -> Callable[P, T]:
-    """The same function of an `out` folder; what it began there is gone when its input turns out to be of no use."""
+    """The same function of `out`: what it holds (`hold`) is free when it ends, however it does.
+
+    What it began in a new folder is gone when its input turns out to be of no use.
+    """
 
     @functools.wraps(verb)
     def careful(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -37,10 +42,11 @@ def leaving_nothing(verb: Callable[P, T]) -> Callable[P, T]:
         out = None if given is None else Path(given)
         new = out is not None and not out.exists()
         try:
-            return verb(*args, **kwargs)
+            with _holding():
+                return verb(*args, **kwargs)
         except InputError:
-            if out is not None and new and out.is_dir() and {file.name for file in out.iterdir()} <= FIRST:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # of several processes each comes here
+                if out is not None and new and {file.name for file in out.iterdir()} <= FIRST:
                     for file in out.iterdir():
                         file.unlink()
                     out.rmdir()
@@ -49,11 +55,19 @@ def leaving_nothing(verb: Callable[P, T]) -> Callable[P, T]:
     return careful
 
 
+def hold(path: Path) -> None:
+    """Keep others from working in a folder or at a file until the verb that is at work here ends.
+
+    Raises `InputError` where another process does so already, as far as there are locks.
+    """
+    _hold.get()(path)
+
+
 def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = False) -> Path | None:
     """Make `out` the folder of this configuration, or raise `InputError` if it belongs to another one.
 
-    A run that has saved nothing yet, because its command failed, holds no folder. With `read_only` it is only asked
-    whether the folder could be had, and nothing is written.
+    A run that has saved nothing yet, because its command failed, owns no folder. One that is not finished is held (see
+    `hold`). With `read_only` it is only asked whether the folder could be had, and nothing is written.
     """
     if out is None:
         return None
@@ -61,13 +75,32 @@ def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = F
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: choose a folder for the run")
     config = json.loads(json.dumps(config))
+    begun = _begun(out, config)
+    if read_only:
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "model.safetensors").exists():
+        hold(out)
+        begun = _begun(out, config)  # who held it before may have begun since
+    sweep(out)  # what a process that was killed left of files that it was writing
+    if not begun:
+        write_json(out / "config.json", config)
+    return out
+
+
+def _begun(out: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder has something of this run; raises `InputError` where it has something else."""
     file = out / "config.json"
     begun = any((out / name).exists() for name in ("state.safetensors", "model.safetensors"))
-    if file.exists() and begun:
+    found = None
+    if file.exists():
         try:
             found = json.loads(file.read_text())
         except ValueError:
-            raise InputError(f"{file} is damaged: delete the folder or choose another one") from None
+            if begun:
+                raise InputError(f"{file} is damaged: delete the folder or choose another one") from None
+    ours = isinstance(found, dict) and not found.keys().isdisjoint(OURS)
+    if ours and begun:
         changed = [(name, old, new) for name, old, new in _differences(found, config) if old != new]
         if changed:
             name, old, new = changed[0]
@@ -77,15 +110,40 @@ def claim(out: str | Path | None, config: Mapping[str, Any], read_only: bool = F
                 f"{f' (and {len(changed) - 1} more differ)' if len(changed) > 1 else ''}; "
                 f"{f'{hint}, or ' if hint else ''}choose another folder"
             )
-    elif not file.exists() and out.exists() and not all(path.name.endswith(UNFINISHED) for path in out.iterdir()):
+    elif not ours and out.exists() and not all(path.name.endswith(UNFINISHED) for path in out.iterdir()):
         raise InputError(f"{out} exists and is not a run of transfermium: choose another folder")
-    if read_only:
-        return out
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)  # what a process that was killed left of files that it was writing
-    if not begun:
-        write_json(file, config)
-    return out
+    return ours and begun
+
+
+@contextlib.contextmanager
+def _holding() -> Iterator[None]:
+    """What is held within is free afterwards."""
+    with contextlib.ExitStack() as locks:
+        token = _hold.set(functools.cache(lambda path: locks.enter_context(_alone(path))))
+        try:
+            yield
+        finally:
+            _hold.reset(token)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a hidden file in a folder or beside a file; the system drops the lock with the process, however that ends.
+
+    The file of a killed process looks like any that is unfinished, and goes with the next command.
+    """
+    name = f".run.lock{UNFINISHED}" if path.is_dir() else f".{path.name}.lock{UNFINISHED}"
+    lock = (path if path.is_dir() else path.parent) / name
+    with held(lock, make=True) as ours:
+        if ours is False:
+            raise InputError(f"another process is at work in {path}: wait until it ends, or choose another place")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+_hold: ContextVar[Callable[[Path], None]] = ContextVar("hold", default=lambda path: None)  # of the verb at work
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,6 +23,7 @@ from ase import Atoms
 
 import transfermium as tm
 from transfermium.errors import InputError
+from transfermium.model import held
 from transfermium.study import cells as cells_module
 from transfermium.study.cells import Cell, Done, Failed, run
 
@@ -244,7 +245,7 @@ def test_a_cell_of_another_command_is_left_to_it(
     folder = cells[0].folder(tmp_path)
     folder.mkdir(parents=True)
     found = []
-    with cells_module._locked(folder) as ours:
+    with held(folder / cells_module.LOCK, make=True) as ours:
         assert ours
         study = run(cells, tmp_path, executor=pool, quiet=True)
         found += [next(study), next(study)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ from typing import Any, overload
 import numpy as np
 from ase import Atoms
 
+from ..console import console, track
 from ..errors import InputError
 from ..model import UNFINISHED, held, sweep, sync_folder
 from ..untrusted import check_kinds
@@ -220,9 +222,6 @@ def pack(
     folder that already holds these structures is kept and returned; anything else at `out` is an InputError and remains
     untouched.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     out = Path(out).absolute()
     if shard_size < 1:
         raise InputError(f"shard_size is {shard_size}: it must be at least 1")
@@ -233,28 +232,22 @@ def pack(
     if before is not None and n_structures not in (None, len(before)):
         raise _differs(out)
 
-    console = Console(stderr=True)
-    shown = track(source, "packing", total=n_structures, console=console, disable=not progress)
+    shown = track(source, "packing", total=n_structures, quiet=not progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     sweep(out.parent, out.name)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}{UNFINISHED}")
-    partial.mkdir()
-    try:
-        with held(partial):
-            header = _write_shards(shown, partial, labels, shard_size, usual, before)
-            if before is not None:
-                if header != before.header:
-                    raise _differs(out)
-                return before
-            _write_text(partial / HEADER, json.dumps(header, indent=1, ensure_ascii=False))
-            sync_folder(partial)
-            partial.rename(out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _unfinished(out) as partial:
+        header = _write_shards(shown, partial, labels, shard_size, usual, before)
+        if before is not None:
+            if header != before.header:
+                raise _differs(out)
+            return before
+        _write_text(partial / HEADER, json.dumps(header, indent=1, ensure_ascii=False))
+        sync_folder(partial)
+        partial.rename(out)
+    sync_folder(out.parent)
 
     for what, count in header["left_out"].items() if progress else ():
-        console.print(f"left out: {what} of {count} structures", markup=False, highlight=False)
+        console.print(f"left out: {what} of {count} structures", markup=False)
     return PackedSet.open(out)
 
 
@@ -370,6 +363,20 @@ def _what_is_there(out: Path) -> PackedSet | None:
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists and is no packed set: choose another path, it will not be overwritten")
     return None
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A new hidden folder beside a path, held by this process; another one may sweep it away before it is."""
+    with contextlib.ExitStack() as stack:
+        ours: bool | None = False
+        while ours is False:
+            partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}{UNFINISHED}")
+            partial.mkdir()
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                ours = stack.enter_context(held(partial))
+        yield partial
 
 
 def _differs(out: Path) -> InputError:

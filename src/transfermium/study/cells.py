@@ -30,15 +30,11 @@ import torch
 from ..backbones import Backbone
 from ..console import bar
 from ..errors import InputError
-from ..model import asked, described, write_whole
+from ..model import asked, described, held, write_whole
 from ..objectives import Objective
 from ..run import write_json
 
-try:
-    import fcntl
-except ImportError:  # Windows: two commands on one folder would do the same work side by side
-    fcntl = None  # type: ignore[assignment]
-
+LOCK = "lock"  # a file of each cell, held by who works on it
 PAUSE = 5.0  # seconds before asking again for a cell that another command is working on
 LOOK = 0.5  # seconds between looks at what is running
 PATIENCE = 15.0  # seconds until a scheduler has answered
@@ -270,8 +266,8 @@ def _do(folder: Path, work: Callable[..., Any], arguments: Mapping[str, Any]) ->
             f"the worker on {platform.node()} does not see {folder}: choose a folder on a file system that this "
             "machine and all workers share"
         )
-    with ONE_AT_A_TIME, _locked(folder) as ours:
-        if not ours:
+    with ONE_AT_A_TIME, held(folder / LOCK, make=True) as ours:
+        if ours is False:
             return "busy", None
         if (found := _kept(folder)) is not None:  # another command was faster
             return "done", found["result"]
@@ -292,21 +288,6 @@ def _outcome(future: Future[tuple[str, Any]]) -> tuple[str, Any]:
         raise
     except Exception as error:  # it never began, or its worker was lost
         return "failed", _sentence(error)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether nobody else works on the cell; the system drops the lock with the process, however that ends."""
-    with open(folder / "lock", "a") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # a file system without locks
-        yield True
 
 
 def _kept(folder: Path, cell: Cell | None = None) -> dict[str, Any] | None:
