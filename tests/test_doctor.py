@@ -6,13 +6,19 @@ import io
 import json
 import lzma
 import shlex
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 
@@ -21,7 +27,7 @@ from benchmarks.reliability.corruptions import CORRUPTIONS, Corruption, copied, 
 from tests.alloys import alloys, gap_model, potential
 from transfermium import cli
 from transfermium.data.formats import _xyz_frames
-from transfermium.doctor import doctor, yardstick
+from transfermium.doctor import doctor, duplicates, yardstick
 from transfermium.doctor.base import Case
 from transfermium.doctor.duplicates import copies
 from transfermium.doctor.pairs import similar, slope
@@ -92,6 +98,49 @@ class TestSpoiled:
     def test_nothing_is_wrong_with_sound_data(self, name: str, public_data: Path) -> None:
         assert kinds(doctor(some_of(public_data, name, SOUND[name]))) == []
 
+    @pytest.mark.parametrize(("elements", "sigma"), [("Pt", 0.1), ("PtAu", 0.1), ("PdAu", 0.08), ("CuAg", 0.08)])
+    def test_rattled_metals_are_sound(self, elements: str, sigma: float) -> None:
+        """Half of the work is lost between structures that are far apart, and two metals have two lattice constants."""
+        symbols = [elements[i : i + 2] for i in range(0, len(elements), 2)]
+        assert kinds(doctor([one for symbol in symbols for one in cells(symbol, 20, sigma)])) == []
+
+    @pytest.mark.parametrize(
+        ("symbol", "structure", "a"),
+        [("K", "bcc", 5.33), ("Cs", "bcc", 6.14), ("Ar", "fcc", 5.26), ("Kr", "fcc", 5.65)],
+    )
+    def test_neighbours_can_be_far_apart(self, symbol: str, structure: str, a: float) -> None:
+        rng = np.random.default_rng(0)
+        structures = [bulk(symbol, structure, a=a, cubic=True) * (2, 2, 2) for _ in range(8)]
+        for atoms in structures:
+            atoms.positions += 0.05 * rng.normal(size=atoms.positions.shape)
+        sigma = 0.64 * a
+        diagnosis = doctor(
+            [labelled(atoms, LennardJones(sigma=sigma, epsilon=0.01, rc=2 * sigma)) for atoms in structures]
+        )
+        assert [one for one in diagnosis.findings if one.severity != "note"] == []
+
+    def test_molecules_that_fall_apart_are_sound(self) -> None:
+        pairs = [Atoms("N2", [[0, 0, 0], [0, 0, d]]) for d in np.linspace(0.9, 3.5, 12)]
+        triples = [Atoms("CO2", [[0, 0, 0], [0, 0, -1.16], [0, 0, d]]) for d in np.linspace(1, 6, 12)]
+        assert kinds(doctor(pairs)) == kinds(doctor(triples)) == []
+
+    def test_atoms_that_are_alone_are_told_in_any_number(self) -> None:
+        """Even where half of the structures have one."""
+        structures = [bulk("Cu", cubic=True) for _ in range(8)]
+        for atoms in structures[::2]:
+            atoms.pbc = False
+            atoms.positions[0] -= 20
+        assert doctor(structures)["exploded"].structures == (0, 2, 4, 6)
+
+    def test_nearly_empty_cells_are_told(self) -> None:
+        structures = [Atoms("CO2", [[0, 0, 0], [0, 0, 1.2], [0, 0, -1.2]], cell=[40] * 3, pbc=True) for _ in range(3)]
+        assert doctor(structures)["cell-empty"].structures == (0, 1, 2)
+
+    def test_lengths_in_no_unit_are_a_warning(self) -> None:
+        structures = [Atoms("Cu4", [[0, 0, d * k] for k in range(4)]) for d in np.linspace(0.8, 0.9, 6)]
+        diagnosis = doctor(structures)
+        assert kinds(diagnosis) == [] and "0.32 sums" in diagnosis["lengths-unusual"].title
+
     def test_the_shear_components_of_three_sets_are_in_another_order(self, public_data: Path) -> None:
         """Cells of molybdenum that are sheared in yz have a stress in xz: energies agree with the other order."""
         finding = doctor(some_of(public_data, "mlearn/Mo_train", 194))["stress-order"]
@@ -116,6 +165,24 @@ class TestSpoiled:
 def rattled(n: int = 40) -> list[Atoms]:
     """Alloys of EMT with labels of their own."""
     return copied(alloys(n))
+
+
+def cells(symbol: str, n: int, sigma: float) -> list[Atoms]:
+    """Rattled cells of one metal, of 32 atoms."""
+    rng = np.random.default_rng(0)
+    structures = [bulk(symbol, cubic=True) * (2, 2, 2) for _ in range(n)]
+    for atoms in structures:
+        atoms.positions += sigma * rng.normal(size=atoms.positions.shape)
+    return [labelled(atoms) for atoms in structures]
+
+
+def fractional(atoms: Atoms) -> None:
+    atoms.positions = atoms.get_scaled_positions()
+
+
+def in_pm(atoms: Atoms) -> None:
+    atoms.set_cell(100 * atoms.cell.array)
+    atoms.positions *= 100
 
 
 def saved(structures: list[Atoms], name: str = "data.extxyz") -> str:
@@ -146,21 +213,96 @@ class TestFixes:
         after = [one.kind for one in doctor("repaired").findings]
         assert kind not in after, after
 
-    def test_every_other_fix_can_be_typed(self) -> None:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "copies with other energies",
+            "test structures among training",
+            "materials on both sides",
+            "an element in test structures only",
+            "two levels of theory",
+            "two keys that disagree",
+            "energies that are NaN",
+            "energies are all the same",
+            "pbc was lost",
+        ],
+    )
+    def test_every_fix_runs(self, name: str) -> None:
+        """Each from the same file, the others before it notwithstanding."""
+        (corruption,) = (one for one in CORRUPTIONS if one.name == name)
+        data = saved(corruption.spoil(rattled(30)))
+        told = {one.kind for one in doctor(data).findings}
+        assert told & set(corruption.kind.split("|"))
+        for kind in told:
+            run(doctor(data)[kind].fix)
+
+    @pytest.mark.parametrize("spoil", [fractional, in_pm])
+    def test_other_lengths_are_mended_and_labels_stay(self, spoil: Callable[[Atoms], None]) -> None:
+        structures = cells("Cu", 4, 0.05)
+        spoiled = copied(structures)
+        for atoms in spoiled:
+            spoil(atoms)
+            atoms.calc.atoms = atoms.copy()
+        run(doctor(saved(spoiled))["length-unit"].fix)
+        for mended, atoms in zip(tm.read("repaired"), structures, strict=True):
+            assert mended.get_volume() == pytest.approx(atoms.get_volume(), rel=1e-6)
+            assert mended.get_distance(0, 1, mic=True) == pytest.approx(atoms.get_distance(0, 1, mic=True), abs=1e-5)
+            assert mended.get_potential_energy() == pytest.approx(atoms.get_potential_energy())
+        assert kinds(doctor("repaired")) == []
+
+    def test_all_units_of_a_file_are_mended_at_once(self, ethanol: list[Atoms]) -> None:
+        """And once more where the result has the name that would be given next."""
+        spoil = next(one.spoil for one in CORRUPTIONS if one.name == "energies and forces in atomic units")
+        fixes = {one.fix for one in doctor(saved(spoil(copied(ethanol[:60])))).errors}
+        assert len(fixes) == 1
+        run(fixes.pop())
+        diagnosis = doctor("repaired")
+        assert diagnosis.errors == () and "--out repaired-2" in Case(ethanol[:2], ("repaired",)).convert(
+            {"energy": "Ha"}
+        )
+
+    def test_labels_that_were_named_are_kept(self) -> None:
+        structures = rattled(14)
+        for atoms in structures:
+            results, atoms.calc = atoms.calc.results, None
+            atoms.info |= {"my_e": float(results["energy"]), "energy": 0.0}
+            atoms.arrays["my_f"] = results["forces"] + [0, 0, 0.3]
+        run(doctor(saved(structures), label={"energy": "my_e", "forces": "my_f"})["forces-net"].fix)
+        diagnosis = doctor("repaired")
+        assert diagnosis.findings == ()
+        assert diagnosis.structures[0].info["energy"] == pytest.approx(structures[0].info["my_e"])
+
+    def test_structures_without_the_label_are_passed_over(self) -> None:
         structures = rattled(30)
-        others = {"copies with other energies", "test structures among training", "materials on both sides"}
-        others |= {"an element in test structures only", "two levels of theory", "two keys that disagree"}
-        for corruption in CORRUPTIONS:
-            for finding in doctor(corruption.spoil(copied(structures))).findings if corruption.name in others else ():
-                if finding.fix.startswith("transfermium"):
-                    cli._parsed(cli._spelled(shlex.split(finding.fix)[1:]))
-                else:
-                    compile(finding.fix, "fix", "exec")
+        for atoms in structures:
+            atoms.calc.results["forces"] *= -1
+        structures[3].calc = None
+        del structures[5].calc.results["forces"]
+        run(doctor(saved(structures))["forces-sign"].fix)
+        assert kinds(doctor("repaired")) == []
+
+    def test_properties_are_trained_on_as_such(self) -> None:
+        structures = rattled(20)
+        for index, atoms in enumerate(structures):
+            atoms.calc = None
+            atoms.info |= {"band gap": float(index % 7), "split": "train" if index < 15 else "test"}
+            atoms.info.pop("gap")
+        copy = structures[0].copy()
+        copy.info["split"] = "test"
+        run(doctor(saved([*structures, copy]))["leak"].fix)
+
+    def test_nothing_from_a_file_is_a_command(self) -> None:
+        structures = rattled(12)
+        for index, atoms in enumerate(structures):
+            atoms.info["level"] = "PBE" if index % 4 == 0 else "it's $(touch evil)"
+        words = shlex.split(doctor(structures)["levels"].fix)
+        assert words[words.index("--level") + 1] == "it's $(touch evil)"
 
 
 def run(fix: str) -> None:
     if fix.startswith("transfermium"):
-        cli.main(shlex.split(fix)[1:])
+        brief = ["--steps", "1", "--device", "cpu"] if fix.split()[1] in ("pretrain", "finetune") else []
+        cli.main([*shlex.split(fix)[1:], *brief])
     else:
         exec(fix, {})
 
@@ -185,7 +327,6 @@ class TestPairs:
 
     def test_turned_molecules_are_compared(self) -> None:
         from ase.build import molecule
-        from ase.calculators.lj import LennardJones
 
         rng = np.random.default_rng(0)
         structures = []
@@ -206,10 +347,8 @@ class TestPairs:
         assert slope(np.ones(4), np.ones(4)) is None
 
 
-def labelled(atoms: Atoms) -> Atoms:
-    from ase.calculators.emt import EMT
-
-    atoms.calc = EMT()
+def labelled(atoms: Atoms, calculator: Calculator | None = None) -> Atoms:
+    atoms.calc = calculator or EMT()
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
     atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
@@ -232,11 +371,32 @@ class TestCopies:
         found = copies(Case([*first, near, far]))
         assert found.same == [] and found.near == [[0, 2]]
 
+    def test_copies_among_frames_that_are_all_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However few pairs are compared."""
+        monkeypatch.setattr(duplicates, "MOST_CANDIDATES", 50)
+        rng = np.random.default_rng(0)
+        frames = [bulk("Cu", cubic=True) * (2, 2, 2) for _ in range(200)]
+        for atoms in frames:
+            atoms.positions += 0.02 * rng.normal(size=atoms.positions.shape)
+        again = [frames[k].copy() for k in [*range(70), 3]]
+        again[0].positions = np.round(again[0].positions, 5)
+        found = copies(Case([*frames, *again]))
+        assert [group[0] for group in found.same] == list(range(70)) and found.cut
+        assert found.same[3] == [3, 203, 270]
+
+    def test_potassium_is_not_all_one(self) -> None:
+        """No neighbour is within 4 Å."""
+        frames = [bulk("K", cubic=True) for _ in range(4)]
+        for k, atoms in enumerate(frames):
+            atoms.positions[1] += 0.1 * k
+        assert copies(Case(frames)).same == []
+
     def test_other_elements_are_no_copies(self) -> None:
         first = rattled(1)[0]
         other = first.copy()
         other.numbers = np.where(other.numbers == 29, 47, 29)
-        assert copies(Case([first, other])) == ([], [])
+        found = copies(Case([first, other]))
+        assert found.same == found.near == []
 
 
 class TestModels:
@@ -264,6 +424,28 @@ class TestModels:
         diagnosis = doctor(structures, potential(), held_out=structures[2:4], base_data=structures[5:6])
         assert {2, 3} <= set(diagnosis["leak"].structures) and 5 in diagnosis["base-leak"].structures
 
+    def test_frames_of_one_system_are_no_leaks(self) -> None:
+        """Though all are alike; and a copy is one."""
+        frames = cells("Cu", 16, 0.1)
+        told = doctor(frames[:12], held_out=frames[12:])
+        assert "leak" not in kinds(told)
+        assert doctor(frames[:13], held_out=frames[12:])["leak"].structures == (12,)
+
+    def test_atoms_in_the_same_place_do_not_end_the_search(self) -> None:
+        structures = rattled(8)
+        structures[3].positions[1] = structures[3].positions[0]
+        diagnosis = doctor(structures, held_out=rattled(8)[5:])
+        assert diagnosis["unusable"].structures == (3,) and set(diagnosis["leak"].structures) == {5, 6, 7}
+
+    def test_commands_name_what_was_given(self) -> None:
+        data, test = saved(rattled(8)), saved(rattled(3), "my test.extxyz")
+        finding = doctor(data, held_out=test)["leak"]
+        assert finding.fix.endswith("--held-out 'my test.extxyz' --out run")
+        potential().save("own.safetensors")
+        fix = doctor(data, "own.safetensors", base_data=test)["base-leak"].fix
+        run(fix)
+        assert len(tm.read("repaired")) == 5
+
 
 class TestDiagnosis:
     def test_without_leaves_structures_out(self) -> None:
@@ -274,6 +456,48 @@ class TestDiagnosis:
         assert [atoms for atoms in diagnosis.without("unconverged")] == structures[:4] + structures[5:]
         with pytest.raises(tm.InputError, match="doctor found no 'levels' here, but unconverged"):
             diagnosis["levels"]
+
+    def test_without_takes_all_findings_of_a_kind(self) -> None:
+        structures = rattled(20)
+        for index, atoms in enumerate(structures):
+            atoms.info |= {"split": "train" if index < 15 else "test", "fold": index % 2}
+        structures += copied(structures[:2])
+        for atoms in structures[20:]:
+            atoms.info |= {"split": "test", "fold": 1 - atoms.info["fold"]}
+        diagnosis = doctor(structures)
+        leaks = [one.structures for one in diagnosis.findings if one.kind == "leak"]
+        assert len(leaks) == 2 and len(diagnosis.without("leak")) == 22 - len(set(leaks[0] + leaks[1]))
+
+    @pytest.mark.parametrize(
+        "odd", [lambda k: [[1], [1, 2]], lambda k: np.arange(3 + k % 2), lambda k: k if k % 2 else "a"]
+    )
+    def test_information_that_is_no_label_may_be_anything(self, odd: Callable[[int], Any]) -> None:
+        structures = rattled(12)
+        for index, atoms in enumerate(structures):
+            atoms.info["odd"] = odd(index)
+        assert kinds(doctor(structures)) == []
+
+    def test_a_named_label_that_one_structure_lacks_and_one_has_not_finite(self) -> None:
+        structures = rattled(12)
+        for index, atoms in enumerate(structures):
+            atoms.info["my_e"] = atoms.calc.results.pop("energy") if index != 2 else float("nan")
+        del structures[4].info["my_e"]
+        assert doctor(structures, label={"energy": "my_e"})["unreadable-energy"].structures == (2,)
+
+    def test_what_all_structures_share_is_no_placeholder(self) -> None:
+        structures = rattled(8)
+        for atoms in structures:
+            atoms.info["temperature"] = 300.0
+            atoms.set_tags(1)
+        assert doctor(structures).findings == ()
+        assert doctor(structures, unit={"temperature": "K"})["constant-temperature"].severity == "warning"
+
+    def test_a_base_of_another_level_with_a_similar_name(self) -> None:
+        structures = rattled(6)
+        for atoms in structures:
+            atoms.info["level"] = "PBE"
+        card = {**potential().card, "levels": {"PBEsol": 16}}
+        assert doctor(structures, tm.Model(potential().backbone, dict(potential().outputs), card))["levels-base"]
 
     def test_units_that_are_declared_are_not_told(self) -> None:
         spoil = next(one.spoil for one in CORRUPTIONS if one.name == "forces in meV/Å")
@@ -317,16 +541,17 @@ class TestCommand:
 
     def test_what_comes_from_files_stays_text(self, capsys: pytest.CaptureFixture[str]) -> None:
         evil = "<script>alert(1)</script>[bold]"
+        steering = "\x1b[2J"
         structures = rattled(12)
         for index, atoms in enumerate(structures):
-            atoms.info["level"] = evil if index % 2 else "PBE"
+            atoms.info["level"] = evil + steering if index % 2 else "PBE"
             atoms.info[evil] = float(index) ** 2
         diagnosis = doctor(structures, out="found")
         page = Path("found/doctor.html").read_text()
         assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
         text = io.StringIO()
         show(diagnosis.to_json(), diagnosis.labels, Console(file=text, width=200))
-        assert evil in text.getvalue()
+        assert evil in text.getvalue() and steering not in text.getvalue()
 
 
 def test_every_number_of_a_large_finding_is_in_the_json() -> None:

@@ -51,7 +51,8 @@ class Diagnosis:
 
     def without(self, *kinds: str) -> Subset:
         """All structures but those of these findings."""
-        return remaining(self.structures, {i for kind in kinds for i in self[kind].structures})
+        found = [one for kind in kinds if self[kind] for one in self.findings if one.kind == kind]
+        return remaining(self.structures, {i for one in found for i in one.structures})
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the structures, in plain values."""
@@ -101,9 +102,16 @@ def doctor(
     reading = time.perf_counter() - start
     model = load(base) if isinstance(base, str | Path) else base
     potential = model if model is not None and _is_potential(model) else load("small")
+    also = {
+        "base": None if base is None else _sources(base, "BASE"),
+        "base_data": None if base_data is None else _sources(base_data, "BASE_DATA"),
+        "held_out": None if held_out is None else _sources(held_out, "TEST"),
+        "split_key": split_key,
+        "shortest": shortest if shortest != 0.5 else None,
+    }
     case = Case(
         given,
-        _sources(structures),
+        _sources(structures, "DATA"),
         dict(label or {}),
         dict(unit or {}),
         model,
@@ -113,6 +121,7 @@ def doctor(
         split_key,
         shortest,
         device,
+        also,
     )
     found: list[Finding] = []
     for check in CHECKS:
@@ -147,9 +156,10 @@ def _is_potential(model: Model) -> bool:
     return "energy" in model.outputs and "forces" in model.outputs and meaning[0] == "forces"
 
 
-def _sources(structures: Source) -> tuple[str, ...]:
+def _sources(structures: Source | Model, otherwise: str) -> tuple[str, ...]:
+    """Paths as they were given, or a name for what is in memory."""
     if isinstance(structures, str | Path):
         return (str(structures),)
     if isinstance(structures, list | tuple) and structures and all(isinstance(one, str | Path) for one in structures):
         return tuple(map(str, structures))
-    return ("DATA",)
+    return (otherwise,)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from ase import Atoms
@@ -15,7 +17,7 @@ from ase.data import covalent_radii
 from ..data.columns import is_missing
 from ..data.labels import KEYS, Label, Labels, available, resolve
 from ..data.sequences import Joined, Subset
-from ..data.split import IDS
+from ..data.split import IDS, formulas
 from ..errors import InputError
 from ..graph import Cutoff
 from ..model import Model
@@ -25,9 +27,9 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 REACH, FURTHER = Cutoff(4.0), Cutoff(7.0)  # Å, of the neighbours that checks look at
 DENSEST, LOOSEST = 1.0, 35.0  # Å³ for an atom, in any matter, and in what is taken for a solid or liquid
 SMALL = 1.25  # Å, covalent radius
-N_MOMENTS = 12  # of distances, by which structures are recognised
+NOBLE = [2, 10, 18, 36, 54, 86]  # elements that have no bonds
 NO_LABELS = {*IDS, "id", "index", "file", "spacegroup", "charge", "spin", "ionic_step", "config_weight", "total_charge"}
-CENTRES = np.linspace(0.8, 3.8, N_MOMENTS // 2)  # Å, of the bells that distances fall under
+CENTRES = np.linspace(0.8, 3.8, 6)  # Å, of the bells that distances fall under
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Case:
         yardstick: a potential that labels are compared with; None for none.
         held_out, base_data: test structures, and those that the base was trained on.
         shortest: distances below this fraction of the sum of covalent radii are too short.
+        given: what else `doctor` was given, in words, for commands.
     """
 
     structures: Sequence[Atoms]
@@ -78,6 +81,7 @@ class Case:
     split_key: str | None = None
     shortest: float = 0.5
     device: str = "auto"
+    given: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.atoms: list[Atoms] = [self.structures[i] for i in range(len(self.structures))]
@@ -184,36 +188,82 @@ class Case:
         """The sources, as in a shell."""
         return " ".join(map(shlex.quote, self.sources))
 
-    @property
-    def arguments(self) -> str:
-        """The sources, as arguments in Python."""
-        return ", ".join(map(repr, self.sources))
+    def name(self, option: str) -> str:
+        """What was given as base or held-out structures, as in a shell."""
+        return " ".join(map(shlex.quote, self.given[option]))
 
-    def convert(self, quantity: str, unit: str) -> str:
-        """The command that brings a label to our units once and for all."""
-        wanted = [f"{name}={value}" for name, value in {**self.unit, quantity: unit}.items()]
-        label = f" --label {' '.join(f'{k}={shlex.quote(v)}' for k, v in self.label.items())}" if self.label else ""
-        return f"transfermium pack {self.files}{label} --unit {' '.join(map(shlex.quote, wanted))} --out repaired"
+    def convert(self, units: Mapping[str, str]) -> str:
+        """The command that brings labels to our units once and for all."""
+        options = _pairs("label", self.label) + _pairs("unit", {**self.unit, **units})
+        return f"transfermium pack {self.files}{options} --out {unused('repaired')}"
+
+    def train(self, options: str, start: str = "pretrain", out: str = "run") -> str:
+        """The command that trains on this data with these options."""
+        entries = self.labels.entries
+        found = [one.quantity for one in entries if one.quantity in KEYS or (one.per == "structure" and not one.shape)]
+        names = [*self.label, *found]
+        wanted = [name for name in names if name in KEYS]
+        label, objective = self.label, "Potential" if wanted else "Denoise"
+        if names and not wanted:
+            wanted = names[:1] if names[0].isidentifier() else ["target"]
+            label, objective = {"target": names[0], **label}, f"Property --objective.name {wanted[0]}"
+        said = [
+            _pairs(option, {name: value for name, value in pairs.items() if name in wanted})
+            for option, pairs in (("label", label), ("unit", self.unit))
+        ]
+        return f"transfermium {start} {self.files} --objective {objective}{''.join(said)} {options} --out {unused(out)}"
+
+    def split(self, kind: str) -> str:
+        """The command that keeps similar structures on one side; or what leaves those of a finding out."""
+        several = len(np.unique(formulas([atoms for atoms in self.atoms if len(atoms)]))) > 1
+        return self.train("--split-by composition") if several else self.drop(kind)
 
     def drop(self, kind: str) -> str:
-        """The line that leaves the structures of a finding out."""
-        named = "".join(f", {name}={value!r}" for name, value in (("label", self.label), ("unit", self.unit)) if value)
-        given = self.arguments if len(self.sources) == 1 else f"[{self.arguments}]"
-        return f"import transfermium as tm\ntm.pack(tm.doctor({given}{named}).without({kind!r}), 'repaired')"
+        """Lines of Python that leave the structures of a finding out."""
+        return self._packed(f"structures = {self._again()}.without({kind!r})")
 
-    def change(self, *lines: str) -> str:
-        """Lines of Python that change each structure, called `atoms`."""
-        body = "\n".join(f"    {line}" for line in lines)
-        return (
-            "import numpy as np\nimport transfermium as tm\n"
-            f"structures = list(tm.read({self.arguments}))\nfor atoms in structures:\n{body}\n"
-            "tm.pack(structures, 'repaired')"
+    def change(self, *lines: str, of: str = "") -> str:
+        """Lines of Python that change each structure, called `atoms`; or each structure of a finding."""
+        chosen = f"(structures[i] for i in {self._again()}[{of!r}].structures)" if of else "structures"
+        return self._packed(
+            f"structures = list(tm.read({', '.join(map(repr, self.sources))}))",
+            f"for atoms in {chosen}:",
+            *(f"    {line}" for line in lines),
         )
 
-    def place(self, quantity: str) -> str:
-        """Where a label is, in Python, in most structures that have it."""
-        place, key, _ = max(self.labels[quantity].keys, key=lambda at: at[2])
-        return f"atoms.calc.results[{key!r}]" if place == "calc" else f"atoms.{place}[{key!r}]"
+    def reshape(self, *lines: str) -> str:
+        """Lines of Python that change the geometry of each structure, and leave it its labels."""
+        return self.change(*lines, "if atoms.calc is not None:", "    atoms.calc.atoms = atoms.copy()")
+
+    def relabel(self, quantity: str, *lines: str) -> list[str]:
+        """Lines of Python that change a label, called LABEL in `lines`, of `atoms` that have it."""
+        changed = []
+        for k, (place, key, _) in enumerate(self.labels[quantity].keys):
+            where = "atoms.calc.results" if place == "calc" else f"atoms.{place}"
+            there = f"{'atoms.calc is not None and ' if place == 'calc' else ''}{key!r} in {where}"
+            changed.append(f"{'elif' if k else 'if'} {there}:")
+            changed += [f"    {line.replace('LABEL', f'{where}[{key!r}]')}" for line in lines]
+        return changed
+
+    def _again(self) -> str:
+        """The call of `doctor` that finds the same."""
+        options = {"label": self.label, "unit": self.unit, **self.given}
+        words = "".join(f", {name}={_single(value)!r}" for name, value in options.items() if value)
+        return f"tm.doctor({_single(self.sources)!r}{words})"
+
+    def _packed(self, *lines: str) -> str:
+        """Lines that make `structures`, with those before and after them; labels that were named are found there."""
+        named = list(dict.fromkeys([*self.label, *self.unit]))
+        labels = f"resolve(structures, {named!r}, labels={self.label!r}, units={self.unit!r})"
+        return "\n".join(
+            [
+                *(["import numpy as np"] if any("np." in line for line in lines) else []),
+                "import transfermium as tm",
+                *(["from transfermium.data import resolve"] if named else []),
+                *lines,
+                f"tm.pack(structures, {unused('repaired')!r}{f', labels={labels}' if named else ''})",
+            ]
+        )
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -226,11 +276,13 @@ class Case:
 
     def _is_numeric(self, name: str) -> bool:
         for atoms in self.atoms:
-            value = atoms.info.get(name, atoms.arrays.get(name))
-            if value is None and atoms.calc is not None:
-                value = atoms.calc.results.get(name)
+            values = (held(atoms, place).get(name) for place in ("info", "arrays", "calc"))
+            value = next((one for one in values if one is not None), None)
             if value is not None and not isinstance(value, str):
-                return np.asarray(value).dtype.kind in "iufb"
+                try:
+                    return np.asarray(value).dtype.kind in "iufb"
+                except ValueError:  # lists of different lengths
+                    return False
             if value is not None and not is_missing(value):
                 return False
         return False
@@ -245,19 +297,22 @@ class Case:
         try:
             found = resolve(self.atoms, [], **options)
         except InputError as error:
+            key = self.label.get(name)
+            having = [i for i, atoms in enumerate(self.atoms) if key is None or key in available([atoms])]
             bad: dict[int, str] = {}
-            for i, atoms in enumerate(self.atoms):
+            for i in having:
                 try:
-                    resolve([atoms], [], **{**options, "labels": {}})
+                    resolve([self.atoms[i]], [], **options)
                 except InputError as one:
                     bad[i] = str(one).replace("structure 0: ", "").replace("structure 0 ", "")
+            if not bad and name not in {*KEYS, *self.label, *self.unit}:
+                return None  # information that was not meant as a label
             if not bad:
                 raise error
             self.unreadable[name] = bad
-            rest = [atoms for i, atoms in enumerate(self.atoms) if i not in bad]
-            if not rest:
+            if len(bad) == len(having):
                 return None
-            found = resolve(rest, [], **options)
+            found = resolve([atoms for i, atoms in enumerate(self.atoms) if i not in bad], [], **options)
         return found.entries[0] if found.entries else None
 
     def _values(self, quantity: str) -> list[Any]:
@@ -266,7 +321,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Contacts:
-    """What neighbours within `REACH` tell of each structure.
+    """What neighbours tell of each structure.
 
     Attributes:
         unusable: structures in which no neighbours can be searched, and why.
@@ -275,7 +330,8 @@ class Contacts:
         typical: the median over atoms of the distance to the nearest neighbour in these units: (n_structures,).
         pair: the atoms of `fraction`: (n_structures, 2).
         alone: whether some atom has no neighbour: (n_structures,).
-        moments: equal for equal structures, however turned, and changing smoothly: (n_structures, N_MOMENTS).
+        moments: equal for equal structures, however turned, and changing smoothly: (n_structures, 2 n_bells).
+        peaks: likewise, of the atoms that have most neighbours at some distance: (n_structures, n_bells).
         repulsion: forces apart, less those together, of pairs of which `fraction` is below 0.8, and the sum of both:
             (n_structures, 2), eV/Å.
     """
@@ -287,6 +343,7 @@ class Contacts:
     pair: np.ndarray
     alone: np.ndarray
     moments: np.ndarray
+    peaks: np.ndarray
     repulsion: np.ndarray
 
     @classmethod
@@ -295,7 +352,7 @@ class Contacts:
         unusable: dict[int, str] = {}
         distance, fraction, typical = np.full((3, n), np.inf)
         pair, alone = np.zeros((n, 2), int), np.zeros(n, bool)
-        moments, repulsion = np.zeros((n, N_MOMENTS)), np.zeros((n, 2))
+        moments, peaks, repulsion = np.zeros((n, 2 * len(CENTRES))), np.zeros((n, len(CENTRES))), np.zeros((n, 2))
         weights = np.random.default_rng(0).uniform(0.5, 1.5, 119)  # of elements in moments
         forces = case.forces if "forces" in case.labels else None
         for i, atoms in enumerate(case.atoms):
@@ -303,39 +360,90 @@ class Contacts:
                 unusable[i] = f"{len(atoms)} atoms in {atoms.get_volume():.3g} Å^3, denser than any matter"
                 continue
             try:
-                found = REACH.neighbors(atoms)
+                found = Around.of(atoms)
             except InputError as error:
                 unusable[i] = str(error)
                 continue
             alone[i] = len(atoms) > 2 and _has_lost(atoms, found.receivers)
             if not len(found.senders):
                 continue
-            shifts = found.shifts @ np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)
-            away = atoms.positions[found.senders] - atoms.positions[found.receivers] + shifts
-            lengths = np.sqrt(np.einsum("ij,ij->i", away, away))
-            radii = covalent_radii[atoms.numbers]
-            scaled = lengths / (radii[found.senders] + radii[found.receivers])
-            starts = np.flatnonzero(np.diff(found.receivers, prepend=-1))
+            scaled, starts = found.scaled(atoms), found.starts()
             least = int(scaled.argmin())
-            distance[i], fraction[i] = lengths.min(), scaled[least]
+            distance[i], fraction[i] = found.lengths.min(), scaled[least]
             pair[i] = found.receivers[least], found.senders[least]
             typical[i] = np.median(np.minimum.reduceat(scaled, starts))
             own = weights[atoms.numbers]
-            bells = (
-                np.exp(-(((lengths[:, None] - CENTRES) / 0.45) ** 2))
-                * (1 - (lengths / REACH.radius) ** 2)[:, None] ** 2
-            )
-            sums = (
-                np.add.reduceat(bells * own[found.senders, None], starts, axis=0) * own[found.receivers[starts], None]
-            )
+            sums = np.add.reduceat(found.bells() * own[found.senders, None], starts, axis=0)
+            sums *= own[found.receivers[starts], None]
             moments[i] = np.concatenate([sums.sum(0), (sums**2).sum(0)]) / len(atoms)
+            peaks[i] = sums.max(0)
             close = scaled < 0.8
             if forces is not None and close.any():
                 own_forces = forces[case.first[i] : case.first[i + 1]]
                 relative = own_forces[found.senders[close]] - own_forces[found.receivers[close]]
-                apart = np.einsum("ij,ij->i", relative, away[close]) / lengths[close]
+                apart = np.einsum("ij,ij->i", relative, found.away[close]) / found.lengths[close]
                 repulsion[i] = np.nansum(apart), np.nansum(np.abs(apart))
-        return cls(unusable, distance, fraction, typical, pair, alone, moments, repulsion)
+        return cls(unusable, distance, fraction, typical, pair, alone, moments, peaks, repulsion)
+
+
+class Around(NamedTuple):
+    """Neighbours of each atom of a structure, sorted by atom.
+
+    Attributes:
+        away: from the atom to its neighbour, Å: (n_edges, 3).
+        lengths: of these: (n_edges,).
+        radius: within which they were looked for, Å.
+    """
+
+    receivers: np.ndarray
+    senders: np.ndarray
+    away: np.ndarray
+    lengths: np.ndarray
+    radius: float
+
+    @classmethod
+    def of(cls, atoms: Atoms) -> Around:
+        """Within `REACH`; within `FURTHER` where most atoms have none there, as in alkali metals."""
+        near = cls.within(REACH, atoms)
+        return near if 2 * len(near.starts()) > len(atoms) else cls.within(FURTHER, atoms)
+
+    @classmethod
+    def within(cls, reach: Cutoff, atoms: Atoms) -> Around:
+        found = reach.neighbors(atoms)
+        shifts = found.shifts @ np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)
+        away = atoms.positions[found.senders] - atoms.positions[found.receivers] + shifts
+        return cls(found.receivers, found.senders, away, np.sqrt(np.einsum("ij,ij->i", away, away)), reach.radius)
+
+    def starts(self) -> np.ndarray:
+        """Where the neighbours of each atom begin, of those that have any."""
+        return np.flatnonzero(np.diff(self.receivers, prepend=-1))
+
+    def scaled(self, atoms: Atoms) -> np.ndarray:
+        """Lengths in sums of covalent radii: (n_edges,)."""
+        radii = covalent_radii[atoms.numbers]
+        return np.asarray(self.lengths / (radii[self.senders] + radii[self.receivers]))
+
+    def bells(self) -> np.ndarray:
+        """How far each length lies under each bell, which are as wide as the radius: (n_edges, n_bells)."""
+        lengths = self.lengths[:, None] * (REACH.radius / self.radius)
+        return np.asarray(np.exp(-(((lengths - CENTRES) / 0.45) ** 2)) * self.fading()[:, None])
+
+    def fading(self) -> np.ndarray:
+        """From one to zero at the radius: (n_edges,)."""
+        return np.asarray((1 - (self.lengths / self.radius) ** 2) ** 2)
+
+
+def held(atoms: Atoms, place: str) -> Mapping[str, Any]:
+    """What a structure has in a place: info, arrays or calc."""
+    if place == "calc":
+        return {} if atoms.calc is None else atoms.calc.results
+    return atoms.info if place == "info" else atoms.arrays
+
+
+def unused(name: str) -> str:
+    """This name, or with a number where something has it."""
+    names = (name if k == 1 else f"{name}-{k}" for k in count(1))
+    return next(one for one in names if not Path(one).exists())
 
 
 def some(indices: Iterable[Any]) -> tuple[int, ...]:
@@ -364,7 +472,8 @@ def remaining(structures: Sequence[Atoms], bad: Iterable[int]) -> Subset:
 def _has_lost(atoms: Atoms, receivers: np.ndarray) -> bool:
     """Whether an atom has nobody near it; larger atoms may have their neighbours further away."""
     lonely = np.setdiff1d(np.arange(len(atoms)), receivers)
-    if not len(lonely) or (covalent_radii[atoms.numbers[lonely]] < SMALL).any():
+    small = (covalent_radii[atoms.numbers[lonely]] < SMALL) & np.isin(atoms.numbers[lonely], NOBLE, invert=True)
+    if not len(lonely) or small.any():
         return bool(len(lonely))
     return bool(np.setdiff1d(lonely, FURTHER.neighbors(atoms).receivers).size)
 
@@ -374,6 +483,18 @@ def _is_forgotten(atoms: Atoms) -> bool:
         return False
     inside = atoms.positions @ np.linalg.inv(atoms.cell.array)
     return len(atoms) < 5 or bool(np.ptp(inside, axis=0).min() > 0.6)
+
+
+def _pairs(option: str, pairs: Mapping[str, str]) -> str:
+    """An option of names and values, as in a shell."""
+    return f" --{option} {' '.join(shlex.quote(f'{name}={value}') for name, value in pairs.items())}" if pairs else ""
+
+
+def _single(value: Any) -> Any:
+    """One path as it is, several as a list."""
+    if not isinstance(value, tuple):
+        return value
+    return value[0] if len(value) == 1 else list(value)
 
 
 def _is_no_label(name: str) -> bool:

@@ -9,19 +9,20 @@ import numpy as np
 
 from ..data.columns import is_missing
 from ..errors import InputError
-from .base import CENTRES, REACH, Case, Finding, counted, some
+from .base import CENTRES, Around, Case, Finding, counted, some, unused
 
 SAME, NEAR = 3e-4, 5e-3  # of what atoms see of their neighbours, relative: rounded positions, and about 0.003 Å
-MOST_CANDIDATES = 20_000  # pairs that are looked at closely
+MOST_CANDIDATES = 20_000  # pairs that are looked at closely, the most alike ones
 CONFLICT = 0.02  # eV/atom
 MANY = 0.01  # of all structures
 
 
 class Copies(NamedTuple):
-    """Groups of equal and of nearly equal structures, each in order."""
+    """Groups of equal and of nearly equal structures, each in order; and whether too many are alike to look at all."""
 
     same: list[list[int]]
     near: list[list[int]]
+    cut: bool = False
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -47,8 +48,17 @@ def check(case: Case) -> Iterator[Finding]:
             "note",
             f"Nearly equal to others: {counted(len(close))} ({counted(len(found.near), 'group')})",
             "steps of a relaxation near its end, or structures that were rounded or rattled; split them in groups",
-            f"transfermium pretrain {case.files} --objective Potential --split-by composition --out run",
+            case.split("near-duplicates"),
             some(sorted(close)),
+        )
+    if found.cut:
+        yield Finding(
+            "copies-unsure",
+            "note",
+            f"Only the {MOST_CANDIDATES:,} pairs of structures that are most alike were compared: more are",
+            "frames of one trajectory that follow each other closely; every tenth would tell as much",
+            f"import transfermium as tm\nstructures = list(tm.read({', '.join(map(repr, case.sources))}))[::10]\n"
+            f"tm.pack(structures, {unused('repaired')!r})",
         )
 
 
@@ -63,30 +73,43 @@ def copies(case: Case) -> Copies:
 def _copies(case: Case) -> Copies:
     from scipy.spatial import cKDTree  # it takes half a second
 
-    logs = np.log(case.contacts.moments + 1e-3)
+    contacts = case.contacts
+    logs = np.log(contacts.moments + 1e-3)
+    sizes = contacts.moments[:, : len(CENTRES)].mean(axis=1)  # of what atoms see
     _, kinds = np.unique(np.column_stack([case.composition, case.periodic]), axis=0, return_inverse=True)
-    volume = np.log(np.nan_to_num(case.volume, nan=1.0) + 1e-9) / 3
+    volume = np.log(np.nan_to_num(case.volume, nan=1.0) + 1e-9)
     unusable = np.zeros(len(case), bool)
-    unusable[list(case.contacts.unusable)] = True
-    candidates: list[np.ndarray] = []
+    unusable[list(contacts.unusable)] = True
+    unusable |= ~contacts.moments.any(axis=1) & (case.n_atoms > 1)  # too far apart to tell
+    certain, likely, apart, cut = [np.zeros((0, 2), int)], [np.zeros((0, 2), int)], [np.zeros(0)], False
     order = np.argsort(kinds.ravel(), kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(kinds.ravel()[order])) + 1):
         members = members[~unusable[members]]
-        if len(members) > 1:
-            tree = cKDTree(np.column_stack([logs[members], 3 * volume[members]]))
-            pairs = tree.query_pairs(2 * NEAR, p=np.inf, output_type="ndarray")
-            candidates.append(members[pairs[:MOST_CANDIDATES]])
-    pairs = np.concatenate(candidates) if candidates else np.zeros((0, 2), int)
-    if len(pairs) > MOST_CANDIDATES:  # the most alike
-        pairs = pairs[np.argsort(np.abs(logs[pairs[:, 0]] - logs[pairs[:, 1]]).max(axis=1))[:MOST_CANDIDATES]]
-    seen: dict[int, np.ndarray] = {}
-    difference = np.array([_difference(case, int(a), int(b), seen) for a, b in pairs.tolist()])
-    same = _groups(len(case), pairs[difference < SAME]) if len(pairs) else []
+        if len(members) < 2:
+            continue
+        peaks = contacts.peaks[members] / (4 * sizes[members].mean() + 1e-9)  # differ in no more than atoms do
+        seen = np.column_stack([logs[members], volume[members], peaks])
+        _, first, own = np.unique(np.round(seen, 7), axis=0, return_index=True, return_inverse=True)
+        again = np.setdiff1d(np.arange(len(members)), first)
+        certain.append(members[np.column_stack([first[own.ravel()[again]], again])])
+        tree, radius = cKDTree(seen[first]), 2 * NEAR
+        while tree.count_neighbors(tree, radius, p=np.inf) > 2 * MOST_CANDIDATES + len(first):
+            radius, cut = radius / 2, True
+        pairs = first[tree.query_pairs(radius, p=np.inf, output_type="ndarray")].reshape(-1, 2)
+        likely.append(members[pairs])
+        apart.append(np.abs(seen[pairs[:, 0]] - seen[pairs[:, 1]]).max(axis=1))
+    most_alike = np.argsort(np.concatenate(apart), kind="stable")
+    cut = cut or len(most_alike) > MOST_CANDIDATES
+    pairs = np.concatenate([*certain, np.concatenate(likely)[most_alike[:MOST_CANDIDATES]]])
     if not len(pairs):
         return Copies([], [])
-    first = {i: group[0] for group in same for i in group}
-    rest = [(first.get(a, a), first.get(b, b)) for a, b in pairs[(difference >= SAME) & (difference < NEAR)].tolist()]
-    return Copies(same, _groups(len(case), np.array([pair for pair in rest if pair[0] != pair[1]], int).reshape(-1, 2)))
+    around: dict[int, np.ndarray] = {}
+    difference = np.array([_difference(case, int(a), int(b), around) for a, b in pairs.tolist()])
+    same = _groups(len(case), pairs[difference < SAME])
+    leader = {i: group[0] for group in same for i in group}
+    rest = [(leader.get(a, a), leader.get(b, b)) for a, b in pairs[(difference >= SAME) & (difference < NEAR)].tolist()]
+    near = _groups(len(case), np.array([pair for pair in rest if pair[0] != pair[1]], int).reshape(-1, 2))
+    return Copies(same, near, cut)
 
 
 def _difference(case: Case, a: int, b: int, seen: dict[int, np.ndarray]) -> float:
@@ -101,15 +124,13 @@ def _difference(case: Case, a: int, b: int, seen: dict[int, np.ndarray]) -> floa
 def _surroundings(case: Case, index: int) -> np.ndarray:
     """Neighbours of each atom by distance and element, of each element sorted: (n_atoms, n)."""
     atoms = case.atoms[index]
-    try:
-        found = REACH.neighbors(atoms)
-    except InputError:
-        return np.full((len(atoms), len(CENTRES)), np.nan)
-    lengths = found.lengths(atoms)
-    weights = np.random.default_rng(1).uniform(0.5, 1.5, 119)[atoms.numbers]
-    bells = np.exp(-(((lengths[:, None] - CENTRES) / 0.45) ** 2)) * (1 - (lengths / REACH.radius) ** 2)[:, None] ** 2
     sums = np.zeros((len(atoms), len(CENTRES)))
-    np.add.at(sums, found.receivers, bells * weights[found.senders, None])
+    try:
+        found = Around.of(atoms)
+    except InputError:
+        return np.full_like(sums, np.nan)
+    weights = np.random.default_rng(1).uniform(0.5, 1.5, 119)[atoms.numbers]
+    np.add.at(sums, found.receivers, found.bells() * weights[found.senders, None])
     key = np.round(sums @ np.random.default_rng(2).uniform(0.5, 1.5, len(CENTRES)), 3)
     return sums[np.lexsort((*sums.T[::-1], key, atoms.numbers))]
 

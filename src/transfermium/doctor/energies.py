@@ -8,7 +8,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from ..data.labels import ENERGIES
-from .base import Case, Finding, counted, some
+from .base import Case, Finding, counted, some, unused
 from .pairs import similar, slope
 
 EXPLAINED = 0.35  # of the variance by composition: less is what energies of other structures have
@@ -84,25 +84,14 @@ def _mixtures(
     relative = not enough
     kind = "energy-mixed-zero" if relative else "energy-mixed-units"
     unit = "len(atoms)" if name == "per atom" else f"{ENERGIES.get(name.removeprefix('in '), 1.0):.9g}"
-    source = case.arguments if len(case.sources) == 1 else f"[{case.arguments}]"
     distance = float(np.median(np.abs(rest[chosen])))
-    at = case.place("energy")
-    fix = (
-        case.drop(kind)
-        if relative
-        else (
-            "import transfermium as tm\n"
-            f"structures = list(tm.read({case.arguments}))\n"
-            f"for i in tm.doctor({source})[{kind!r}].structures:\n"
-            f"    atoms = structures[i]\n    {at} = {at} * {unit}\ntm.pack(structures, 'repaired')"
-        )
-    )
+    lines = case.relabel("energy", f"LABEL = LABEL * {unit}")
     yield Finding(
         kind,
         "error",
         f"Of {len(known):,} structures, {len(members):,} seem to have energies {name}",
         f"two sources were put together: energies of these are {name}, the others are not",
-        fix,
+        case.drop(kind) if relative else case.change(*lines, of=kind),
         some(members),
         (f"they lie {distance:.3g} eV/atom from what their composition tells, the others {spread:.3g}",),
     )
@@ -135,7 +124,7 @@ def _formation(case: Case, known: np.ndarray, references: np.ndarray) -> Iterato
             "energies of another zero "
             "must not share a head with these",
             f"transfermium pretrain {case.files} --objective Property --objective.name energy "
-            "--objective.kind extensive --out run",
+            f"--objective.kind extensive --out {unused('run')}",
             (),
             (f"energies of the elements by least squares, eV: {shown}",),
         )

@@ -9,7 +9,7 @@ from ase import Atoms
 
 from ..errors import InputError
 from . import yardstick
-from .base import REACH, Case, Finding, counted, some
+from .base import Around, Case, Finding, counted, some
 
 LARGE = 30.0  # eV/Å
 NET = 0.02  # of the root mean square force of a structure, and eV/Å below: what is left per atom
@@ -44,14 +44,13 @@ def check(case: Case) -> Iterator[Finding]:
 
 def _net(case: Case, found: np.ndarray, per_atom: np.ndarray) -> Iterator[Finding]:
     if found.any():
-        at = case.place("forces")
         yield Finding(
             "forces-net",
             "warning",
             f"The forces on {counted(int(found.sum()))} do not sum to zero (up to {per_atom[found].max():.3g} "
             "eV/Å per atom)",
             "noise of a grid or of loose convergence, atoms that were held fixed or left out, or a field",
-            case.change(f"{at} = {at} - np.mean({at}, axis=0)"),
+            case.change(*case.relabel("forces", "LABEL = LABEL - np.mean(LABEL, axis=0)")),
             some(np.flatnonzero(found)),
         )
 
@@ -157,12 +156,9 @@ def _turned(found: yardstick.Beside) -> float:
 def _asymmetry(atoms: Atoms) -> float:
     """How much neighbours pull atoms to one side, root mean square; zero where symmetry wants it so."""
     try:
-        found = REACH.neighbors(atoms)
+        found = Around.of(atoms)
     except InputError:
         return 0.0
-    shifts = found.shifts @ np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)
-    away = atoms.positions[found.senders] - atoms.positions[found.receivers] + shifts
-    lengths = np.linalg.norm(away, axis=1, keepdims=True)
     pull = np.zeros((len(atoms), 3))
-    np.add.at(pull, found.receivers, away / lengths * (1 - (lengths / REACH.radius) ** 2) ** 2)
+    np.add.at(pull, found.receivers, found.away * (found.fading() / found.lengths)[:, None])
     return float(np.sqrt(np.square(pull).sum(axis=1).mean()))

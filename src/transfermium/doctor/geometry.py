@@ -1,14 +1,20 @@
-"""Structures themselves: atoms too close or lost, lengths in another unit, cells that were forgotten."""
+"""Structures themselves: atoms too close or lost, lengths in another unit, cells that were forgotten or are empty."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+from ase import Atoms
 
-from .base import Case, Finding, counted, some
+from ..errors import InputError
+from .base import DENSEST, NOBLE, Around, Case, Finding, counted, some
 
 TYPICAL = (0.5, 1.45)  # nearest neighbours, in sums of covalent radii
+USUAL = (0.6, 1.35)  # likewise, where another unit makes sense
+UNITS = {"nm": 10.0, "bohr": 0.529177210903, "pm": 0.01}  # Å
+MOST_TRIED = 20  # structures
+EMPTY = 10_000.0  # Å³ for an atom
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -16,6 +22,7 @@ def check(case: Case) -> Iterator[Finding]:
     contacts = case.contacts
     wrong = list(_lengths(case))
     yield from wrong
+    wrong = [one for one in wrong if one.severity == "error"]
     if contacts.unusable and not wrong:
         first = next(iter(contacts.unusable.values()))
         yield Finding(
@@ -40,7 +47,7 @@ def check(case: Case) -> Iterator[Finding]:
             (f"the shortest: {symbols} at {contacts.distance[worst]:.3f} Å in structure {worst}",),
         )
     alone = np.flatnonzero(contacts.alone)
-    if 0 < len(alone) <= 0.2 * len(case):
+    if len(alone) and not wrong:
         yield Finding(
             "exploded",
             "warning",
@@ -50,32 +57,65 @@ def check(case: Case) -> Iterator[Finding]:
             some(alone),
         )
     yield from _forgotten_cells(case)
+    yield from _empty_cells(case)
 
 
 def _lengths(case: Case) -> Iterator[Finding]:
+    """Lengths that make sense in another unit only; noble gases and dimers can have any."""
     contacts = case.contacts
-    typical = contacts.typical[(case.n_atoms > 1) & np.isfinite(contacts.typical)]
-    apart = contacts.alone | ~np.isfinite(case.contacts.typical)
-    lost = float(apart[case.n_atoms > 2].mean()) if (case.n_atoms > 2).any() else 0.0
-    middle = float(np.median(typical)) if len(typical) else np.inf
-    dense = sum("denser" in why for why in contacts.unusable.values()) > 0.5 * len(case)
-    if (case.n_atoms > 1).sum() < 3 or (TYPICAL[0] < middle < TYPICAL[1] and lost < 0.5 and not dense):
+    judged = np.flatnonzero((case.n_atoms > 2) & ~case.composition[:, NOBLE].any(axis=1))
+    if len(judged) < 3:
         return
-    small = dense or middle < TYPICAL[0]
-    said = (
-        "Atoms are packed denser than any matter"
-        if dense
-        else f"Nearest neighbours are {middle:.2g} sums of covalent radii apart, where 0.7 to 1.3 is usual"
-    )
-    cause = "fractional coordinates or nm were taken for Å" if small else "bohr or pm were taken for Å"
-    unit = "10.0" if small else "0.529177210903"
-    yield Finding(
-        "length-unit",
-        "error",
-        f"{said}: lengths are not in Å",
-        cause,
-        case.change(f"atoms.set_cell({unit} * atoms.cell.array)", f"atoms.positions *= {unit}"),
-    )
+    typical = contacts.typical[judged]
+    middle = float(np.median(typical[np.isfinite(typical)])) if np.isfinite(typical).mean() > 0.5 else np.inf
+    dense = sum("denser" in why for why in contacts.unusable.values()) > 0.5 * len(case)
+    if TYPICAL[0] < middle < TYPICAL[1] and not dense:
+        return
+    said = "Nearest neighbours are farther apart than in any solid or molecule"
+    if dense:
+        said = "Atoms are packed denser than any matter"
+    elif np.isfinite(middle):
+        said = f"Nearest neighbours are {middle:.2g} sums of covalent radii apart, where 0.7 to 1.3 is usual"
+    tried = [case.atoms[i] for i in judged[np.linspace(0, len(judged) - 1, MOST_TRIED).astype(int)]]
+    if all(atoms.pbc.all() and -1 < atoms.positions.min() <= atoms.positions.max() < 2 for atoms in tried):
+        inside = [Atoms(a.numbers, scaled_positions=a.positions, cell=a.cell, pbc=True) for a in tried]
+        if _is_usual(inside):
+            mend = case.reshape("atoms.set_scaled_positions(atoms.positions)")
+            yield _not_in_angstrom(said, "fractional coordinates", mend)
+            return
+    for unit, size in UNITS.items():
+        if _is_usual([Atoms(a.numbers, size * a.positions, cell=size * a.cell.array, pbc=a.pbc) for a in tried]):
+            mend = case.reshape(f"atoms.set_cell({size!r} * atoms.cell.array)", f"atoms.positions *= {size!r}")
+            yield _not_in_angstrom(said, unit, mend)
+            return
+    if np.isfinite(middle):
+        yield Finding(
+            "lengths-unusual",
+            "warning",
+            said,
+            "lengths in some unit that is none of the usual ones, or cells that do not belong to the positions",
+            f"import transfermium as tm\natoms = tm.read({case.sources[0]!r})[0]\n"
+            "print(atoms.cell.cellpar(), atoms.get_all_distances(mic=True))",
+        )
+
+
+def _not_in_angstrom(said: str, unit: str, mend: str) -> Finding:
+    return Finding("length-unit", "error", f"{said}: lengths are not in Å", f"{unit} were taken for Å", mend)
+
+
+def _is_usual(structures: list[Atoms]) -> bool:
+    """Whether nearest neighbours are as far apart as in matter."""
+    found = []
+    for atoms in structures:
+        if atoms.pbc.all() and atoms.get_volume() < DENSEST * len(atoms):
+            return False
+        try:
+            around = Around.of(atoms)
+        except InputError:
+            continue
+        if len(starts := around.starts()):
+            found.append(np.median(np.minimum.reduceat(around.scaled(atoms), starts)))
+    return 2 * len(found) > len(structures) and bool(USUAL[0] < np.median(found) < USUAL[1])
 
 
 def _forgotten_cells(case: Case) -> Iterator[Finding]:
@@ -87,6 +127,21 @@ def _forgotten_cells(case: Case) -> Iterator[Finding]:
             "warning",
             f"{counted(len(found))} fill a cell that does not repeat (pbc is False)",
             "pbc was lost in a conversion, so that atoms at the border miss their neighbours",
-            case.change("atoms.pbc = True"),
+            case.reshape("atoms.pbc = True"),
+            some(found),
+        )
+
+
+def _empty_cells(case: Case) -> Iterator[Finding]:
+    """Cells that are nearly empty."""
+    found = np.flatnonzero((case.n_atoms > 2) & (np.nan_to_num(case.volume) > EMPTY * case.n_atoms))
+    if len(found):
+        most = float((case.volume[found] / case.n_atoms[found]).max())
+        yield Finding(
+            "cell-empty",
+            "note",
+            f"{counted(len(found))} with more than {EMPTY:,.0f} Å^3 of a periodic cell for an atom (up to {most:,.0f})",
+            "a cell in another unit than positions, or molecules in boxes that do not need to repeat",
+            case.reshape("atoms.pbc = False  # if they are molecules"),
             some(found),
         )

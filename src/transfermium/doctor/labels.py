@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from ..data.labels import KEYS, Label
-from .base import Case, Finding, counted, some
+from .base import Case, Finding, counted, held, some, unused
 
 CONVERGED = (
     "converged",
@@ -99,23 +99,22 @@ def _missing(case: Case, entry: Label) -> Iterator[Finding]:
 
 
 def _constant(case: Case, entry: Label) -> Iterator[Finding]:
+    """Labels that never change; all else that structures may have in common is no label."""
     same = entry.minimum is not None and entry.minimum == entry.maximum
-    if entry.count < 4 or not (same or len(entry.classes) == 1):
+    meant = entry.quantity in {*KEYS, *case.label, *case.unit}
+    if not meant or entry.count < 4 or not (same or len(entry.classes) == 1):
         return
     what = entry.classes[0] if entry.classes else f"{entry.minimum:g}"
     serious = entry.quantity == "energy" or (entry.quantity in KEYS and (case.n_atoms > 2).any())
+    lines = ["for held in (atoms.info, atoms.arrays, atoms.calc.results if atoms.calc else {}):"]
+    lines += [f"    held.pop({key!r}, None)" for key in dict.fromkeys(key for _, key, _ in entry.keys)]
     yield Finding(
         f"constant-{entry.quantity}",
         "error" if serious else "warning",
         f"'{entry.quantity}' is {what} in all {entry.count:,} structures",
         "a placeholder was written where the label is missing",
-        _without(case, entry),
+        case.change(*lines),
     )
-
-
-def _without(case: Case, entry: Label) -> str:
-    place, key, _ = max(entry.keys, key=lambda at: at[2])
-    return case.change(f"{'atoms.calc.results' if place == 'calc' else f'atoms.{place}'}.pop({key!r}, None)")
 
 
 def _ambiguous(case: Case, entry: Label) -> Iterator[Finding]:
@@ -127,7 +126,7 @@ def _ambiguous(case: Case, entry: Label) -> Iterator[Finding]:
             continue
         own = entry.value(atoms)
         for place, key in entry.passed_over(atoms) if own is not None else ():
-            other = np.asarray(_at(atoms, place, key), float)
+            other = np.asarray(held(atoms, place)[key], float)
             if other.shape != np.shape(own):
                 continue
             gap = float(np.abs(other * entry.factor - own).max()) / (len(atoms) if entry.quantity == "energy" else 1)
@@ -137,27 +136,18 @@ def _ambiguous(case: Case, entry: Label) -> Iterator[Finding]:
     if differing:
         used = ", ".join(key for _, key, _ in entry.keys)
         kind = f"ambiguous-{entry.quantity}"
-        first = entry.also_found[0].split(" ")[0]
+        first = entry.also_found[0].rpartition(" (")[0]
         yield Finding(
             kind,
             "warning",
             f"Two different values of '{entry.quantity}' in {counted(len(set(differing)))} ({used} is used; "
             f"also found: {', '.join(entry.also_found)})",
             "labels of a model or of another level of theory lie beside the reference",
-            f"transfermium pack {case.files} --label {entry.quantity}={first} --out repaired",
+            f"transfermium pack {case.files} --label {shlex.quote(f'{entry.quantity}={first}')} "
+            f"--out {unused('repaired')}",
             some(sorted(set(differing))),
             (f"up to {worst:.3g} {'eV/atom' if entry.quantity == 'energy' else 'eV/Å'} apart",),
         )
-
-
-def _at(atoms: Any, place: str, key: str) -> Any:
-    return (
-        atoms.info.get(key)
-        if place == "info"
-        else atoms.arrays.get(key)
-        if place == "arrays"
-        else atoms.calc.results.get(key)
-    )
 
 
 def _absurd(case: Case, entry: Label) -> Iterator[Finding]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols
 
 from ..align import and_
 from ..data.columns import codes
 from ..data.labels import Labelled, Labels, word
-from ..data.leakage import leaks
+from ..data.leakage import FRAMES, Leak, leaks, tolerance_for
 from ..data.sequences import Subset
-from ..data.split import IDS, TEST, TRAIN, VALID, found_split_keys
+from ..data.split import IDS, TEST, TRAIN, VALID, formulas, found_split_keys
 from ..errors import InputError
 from ..run import fingerprint
-from .base import Case, Finding, counted, some
+from .base import Case, Finding, Severity, counted, some
 from .duplicates import copies
 
 FEW_IDS = 5  # of one or two substances nothing else can be expected
@@ -59,7 +61,7 @@ def _between(case: Case, key: str, sides: np.ndarray) -> Iterator[Finding]:
             f"Of {int(rest.sum()):,} structures to validate or test on, {len(shared):,} are also on another "
             f"side of '{key}'",
             "copies of a structure were split at random; errors on them say nothing",
-            f"transfermium pretrain {case.files} --objective Potential --split-by composition --out run",
+            case.split("duplicates"),
             some(shared),
         )
     for name in (name for name in IDS if name in case.keys):
@@ -72,7 +74,7 @@ def _between(case: Case, key: str, sides: np.ndarray) -> Iterator[Finding]:
                 "warning",
                 f"Of structures to validate or test on, {len(both):,} share '{name}' with another side of '{key}'",
                 "frames of one material or trajectory were split at random; errors on them are too small",
-                f"transfermium pretrain {case.files} --objective Potential --split-by {name} --out run",
+                case.train(f"--split-by {name}"),
                 some(both),
             )
             break
@@ -98,7 +100,7 @@ def _elements(case: Case, key: str, train: np.ndarray, rest: np.ndarray) -> Iter
             "warning",
             f"No structure to train on has {and_(names)}, which {counted(len(members))} to validate or test on need",
             "elements that are rare fell on one side; energies with them mean nothing",
-            f"transfermium pretrain {case.files} --objective Potential --split-by auto --out run",
+            case.train("--split-by auto"),
             some(members),
             (f"by '{key}'",),
         )
@@ -107,15 +109,16 @@ def _elements(case: Case, key: str, train: np.ndarray, rest: np.ndarray) -> Iter
 def _held_out(case: Case) -> Iterator[Finding]:
     if case.held_out is None:
         return
-    found = leaks(case.atoms, case.held_out, quiet=True)
+    found, severity = _leaks(case, case.everything, case.held_out)
     if found:
+        what = "Held out too, or of a material that is" if severity == "error" else "Much like held-out structures"
         same = sum(leak.by == "structure" for leak in found)
         yield Finding(
             "leak",
-            "error",
-            f"Held out too, or of a material that is: {counted(len(found))} ({same:,} by their geometry)",
+            severity,
+            f"{what}: {counted(len(found))} ({same:,} by their geometry)",
             "the test set was drawn from the same source",
-            f"transfermium pretrain {case.files} --objective Potential --held-out TEST --out run",
+            case.train(f"--held-out {case.name('held_out')}"),
             some(leak.index for leak in found),
             tuple(leak.why for leak in found[:3]),
         )
@@ -129,7 +132,7 @@ def _held_out(case: Case) -> Iterator[Finding]:
             "warning",
             f"Held-out structures have {and_([chemical_symbols[z] for z in missing])}, which no structure here has",
             "the test set is of other chemistry; energies with these elements mean nothing",
-            f"transfermium finetune small {case.files} --objective Potential --unseen keep --out run",
+            case.train("--unseen keep", "finetune small"),
         )
 
 
@@ -148,7 +151,7 @@ def _base(case: Case) -> Iterator[Finding]:
             "warning",
             f"The base never saw {and_([chemical_symbols[z] for z in new])} ({counts})",
             "its embedding of these elements is untrained; forces on them are learned from your labels alone",
-            f"transfermium finetune BASE {case.files} --objective Potential --unseen group --out run",
+            case.train("--unseen group", f"finetune {case.name('base')}"),
             some(members),
         )
     stages = {stage["data"] for stage in card.get("history", []) if "data" in stage}
@@ -163,9 +166,9 @@ def _base(case: Case) -> Iterator[Finding]:
             "error",
             "The base was trained on these very structures",
             "the fingerprint of the data is in the card of the base: errors on it say nothing about new structures",
-            "transfermium info BASE",
+            f"transfermium info {case.name('base')}",
             (),
-            (f"fingerprint {trained.pop()}",),
+            (f"fingerprint {min(trained)}",),
         )
     if case.base_data is not None:
         sides = next(iter(_splits(case).items()), None)
@@ -174,14 +177,32 @@ def _base(case: Case) -> Iterator[Finding]:
             values = codes(case.atoms, sides[0], word)[1]
             test = [i for i, value in enumerate(values) if str(value).lower() in TEST]
             chosen = np.flatnonzero(np.isin(sides[1], test)) if test else chosen
-        found = leaks(Subset(case.atoms, chosen), case.base_data, quiet=True)
+        found, severity = _leaks(case, chosen, case.base_data)
         if found:
+            sure = severity == "error"
+            what = "In the data of the base, or of a material that is" if sure else "Much like data of the base"
             yield Finding(
                 "base-leak",
-                "error",
-                f"In the data of the base, or of a material that is: {counted(len(found))}",
+                severity,
+                f"{what}: {counted(len(found))}",
                 "the base has seen them: errors on them are too small, and savings by pre-training too large",
                 case.drop("base-leak"),
-                some(chosen[leak.index] for leak in found),
+                some(leak.index for leak in found),
                 tuple(leak.why for leak in found[:3]),
             )
+
+
+def _leaks(case: Case, members: np.ndarray, others: Sequence[Atoms]) -> tuple[list[Leak], Severity]:
+    """What leaks of some structures, and how bad that is: frames of one substance that are only alike are no copies."""
+    members = np.setdiff1d(members, list(case.contacts.unusable))
+    own = Subset(case.atoms, members)
+    tolerance = tolerance_for(own, others)
+    found = leaks(own, others, tolerance=tolerance, ids=tolerance > FRAMES, quiet=True)
+    severity: Severity = "error"
+    if found and tolerance > FRAMES and len(np.unique(np.concatenate([formulas(own), formulas(others)]))) == 1:
+        alike = Subset(own, np.array([leak.index for leak in found]))
+        sure = any(leak.by != "structure" for leak in found) or leaks(
+            alike, others, tolerance=FRAMES, ids=False, quiet=True
+        )
+        severity = "error" if sure else "warning"
+    return [replace(leak, index=int(members[leak.index])) for leak in found], severity

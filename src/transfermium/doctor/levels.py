@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,21 +35,24 @@ def check(case: Case) -> Iterator[Finding]:
             f"Labels of several {shown} are mixed: {found.spelled(field)}",
             "sets of different origin were put together; their energies differ by electronvolts, their "
             "forces by percents",
-            f"transfermium pretrain {case.files} --objective Potential --level {most!r} --out run"
-            if field == "level"
-            else case.drop("levels"),
+            case.train(f"--level {shlex.quote(most)}") if field == "level" else case.drop("levels"),
             some(np.flatnonzero(np.isin(numbers, others))),
         )
     if (
         case.base is not None
         and (known := theory(case.base.card))
         and (values := found.total("level"))
-        and not any(v in known for v in values)
+        and not any(_names(known, value) for value in values)
     ):
         yield Finding(
             "levels-base",
             "note",
             f"The data is {', '.join(values)}, the base {known}",
             "energies of the two have different zeros, which fine-tuning aligns first",
-            f"transfermium finetune BASE {case.files} --objective Potential --strategy aligned --out aligned",
+            case.train("--strategy aligned", f"finetune {case.name('base')}", "aligned"),
         )
+
+
+def _names(words: str, level: str) -> bool:
+    """Whether words name this very level: PBE is neither PBEsol nor PBE+U."""
+    return re.search(rf"(?<![\w+-]){re.escape(level)}(?![\w+-])", words) is not None

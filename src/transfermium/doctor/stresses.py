@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 
 from . import yardstick
-from .base import Case, Finding, counted, some
+from .base import Case, Finding, counted, held, some
 from .pairs import SHEAR, similar
 
 NAMES = ("yz", "xz", "xy")
@@ -30,7 +30,7 @@ def check(case: Case) -> Iterator[Finding]:
             "warning",
             f"{counted(len(flat))} with a stress do not repeat in three directions",
             "pbc was lost in a conversion, or a stress of zeros was written for molecules",
-            case.change("atoms.pbc = True  # if they are crystals"),
+            case.reshape("atoms.pbc = True  # if they are crystals"),
             some(flat),
         )
     pressure = np.abs(np.trace(np.nan_to_num(case.stress), axis1=1, axis2=2)) / 3
@@ -75,13 +75,12 @@ def _order(case: Case, indices: np.ndarray) -> Iterator[Finding]:
         return
     best = votes.pop()
     order = " ".join(NAMES[best.index(k)] for k in range(3))  # component k of ours is component best[k] of theirs
-    at = case.place("stress")
     fix = (
-        ["s = np.asarray(STRESS)"]
+        ["s = np.asarray(LABEL)"]
         if _first(case).size == 6
         else [
             "from ase.stress import full_3x3_to_voigt_6_stress",
-            "s = full_3x3_to_voigt_6_stress(np.reshape(STRESS, (3, 3)))",
+            "s = full_3x3_to_voigt_6_stress(np.reshape(LABEL, (3, 3)))",
         ]
     )
     yield Finding(
@@ -90,9 +89,7 @@ def _order(case: Case, indices: np.ndarray) -> Iterator[Finding]:
         f"The shear components of the stress are in the order {order}, not yz xz xy",
         f"the order xx yy zz {order}, {'as in VASP' if order == 'xy yz xz' else 'of another program'}, was "
         "taken for that of ASE",
-        case.change(
-            *(line.replace("STRESS", at) for line in fix), f"{at} = s[[0, 1, 2, {', '.join(str(3 + k) for k in best)}]]"
-        ),
+        case.change(*case.relabel("stress", *fix, f"LABEL = s[[0, 1, 2, {', '.join(str(3 + k) for k in best)}]]")),
         some(indices),
         tuple(evidence),
     )
@@ -135,16 +132,5 @@ def _by_yardstick(case: Case, orders: list[tuple[int, ...]]) -> dict[tuple[int, 
 def _first(case: Case) -> np.ndarray:
     """The first stress as it is given."""
     place, key, _ = max(case.labels["stress"].keys, key=lambda at: at[2])
-    for atoms in case.atoms:
-        held = (
-            atoms.info
-            if place == "info"
-            else atoms.arrays
-            if place == "arrays"
-            else atoms.calc.results
-            if atoms.calc
-            else {}
-        )
-        if key in held:
-            return np.asarray(held[key])
-    return np.zeros(6)
+    values = (held(atoms, place).get(key) for atoms in case.atoms)
+    return np.asarray(next(value for value in values if value is not None))

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.labels import ENERGIES, LENGTHS, factor
+from ..data.split import formulas
 from . import yardstick
 from .base import Case, Finding, parts, some
-from .pairs import Pairs, similar, slope
+from .pairs import Pairs, Slope, similar, slope
 
 LEAST_STRUCTURES = 5
 MANY_ELEMENTS = 10  # whose compounds differ by energies of bonds, which no potential gets wrong by much
@@ -147,13 +148,14 @@ def _of_part(case: Case, name: str, indices: np.ndarray) -> Iterator[Finding]:
     right = next(score for score, one in scored if not any(mistake.reasons for mistake in one))
     if best_score - right < CERTAIN:
         return
-    for place, (quantity, mistake) in enumerate(zip(("energy", "forces", "stress"), best, strict=True)):
-        if not mistake.reasons:
-            continue
+    wrong = {q: one for q, one in zip(("energy", "forces", "stress"), best, strict=True) if one.reasons}
+    fix = _fix(_only(case, name), wrong)
+    for quantity, mistake in wrong.items():
+        place = ("energy", "forces", "stress").index(quantity)
         case.kept["wrong", quantity] = True
         rest = [one for score, one in scored if best_score - score < CLOSE and one[place] != mistake]
         others = list(dict.fromkeys(_described(quantity, one[place]) for one in rest))
-        yield _finding(case, name, indices, quantity, mistake, others, clues, best_score - right)
+        yield _finding(case, name, indices, quantity, mistake, others, clues, best_score - right, fix)
 
 
 def _combinations(case: Case) -> Iterator[tuple[Mistake, Mistake, Mistake]]:
@@ -233,18 +235,17 @@ def _from_pairs(case: Case, indices: np.ndarray, pairs: Pairs) -> Iterator[Clue]
     beside = yardstick.beside(case, indices)
     if "forces" in case.labels and not (beside and yardstick.unrelated(beside)):
         for kind, change in _kinds(case, pairs):
-            found = slope(change[still], pairs.by_forces[still])
-            near = pairs.distance < 0.08
-            found = max(
-                (found, slope(change[still & near], pairs.by_forces[still & near])),
-                key=lambda s: s.agreement if s else 0,
-            )
+            among = [still, still & (pairs.distance < 0.08)]
+            fits = [(slope(change[some], pairs.by_forces[some]), some) for some in among]
+            found, chosen = max(fits, key=lambda fit: fit[0].agreement if fit[0] else 0)
             if found and found.agreement > 0.4:
                 words = (
                     f"between {found.n} pairs of similar structures the energy changes by {found.value:.4g} times the "
                     "work of the forces"
                 )
-                yield Clue((1, -1, 0), found.value, _error(found.spread, found.n), (kind, ""), words, "work of forces")
+                yield Clue(
+                    (1, -1, 0), found.value, _error(found, pairs.only(chosen)), (kind, ""), words, "work of forces"
+                )
     if "stress" not in case.labels:
         return
     size = np.abs(pairs.by_stress)
@@ -256,13 +257,14 @@ def _from_pairs(case: Case, indices: np.ndarray, pairs: Pairs) -> Iterator[Clue]
                 words = (
                     f"between {found.n} strained pairs the energy changes by {found.value:.4g} times the {what}'s work"
                 )
-                yield Clue(
-                    (1, 0, -1), found.value, _error(found.spread, found.n), (kind, what), words, "work of stress"
-                )
+                error = _error(found, pairs.only(strained))
+                yield Clue((1, 0, -1), found.value, error, (kind, what), words, "work of stress")
 
 
-def _error(spread: float, n: int) -> float:
-    return max(0.04, spread / math.sqrt(n) * 2)
+def _error(found: Slope, pairs: Pairs) -> float:
+    """Of the logarithm of a slope; pairs share structures, and far ones are off by a third, all to one side."""
+    structures = len(np.union1d(pairs.a, pairs.b))
+    return float(max(0.04, 6 * np.median(pairs.distance) ** 2, 2 * found.spread / math.sqrt(structures)))
 
 
 def _kinds(case: Case, pairs: Pairs) -> Iterator[tuple[str, np.ndarray]]:
@@ -279,12 +281,14 @@ def _from_yardstick(case: Case, found: yardstick.Beside | None) -> Iterator[Clue
     if one and abs(one.r) > yardstick.LEAST_R:
         words = f"forces are {one.slope:.3g} times those of {name} (correlation {one.r:.2f})"
         yield Clue((0, 1, 0), one.slope / 1.7, 0.55, ("", ""), words)
-    label, predicted = (yardstick.about_mean_pressure(one) for one in found.stress)
+    substance = formulas([case.atoms[i] for i in found.indices])
+    predicted = yardstick.about_mean_pressure(found.stress[1], substance)
     volume = case.volume[found.indices, None, None]
     logs: dict[str, float] = {}
-    for kind, given in (("stress", label), ("virial", yardstick.about_mean_pressure(found.stress[0] / volume))):
+    for kind, stress in (("stress", found.stress[0]), ("virial", found.stress[0] / volume)):
+        given = yardstick.about_mean_pressure(stress, substance)
         one = yardstick.fit(given.ravel(), predicted.ravel(), yardstick.LEAST_STRESS)
-        if one and abs(one.r) > yardstick.LEAST_R:
+        if one and abs(one.r) > yardstick.LEAST_R and not yardstick.contradicts(stress, found.stress[1], one.r):
             words = f"as a {kind} the labels are {one.slope:.3g} times the stress of {name} (correlation {one.r:.2f})"
             yield Clue((0, 0, 1), one.slope, 0.6, ("", kind), words, "stress")
             logs[kind] = one.r
@@ -412,6 +416,7 @@ def _finding(
     others: list[str],
     clues: list[Clue],
     odds: float,
+    fix: str,
 ) -> Finding:
     place = ("energy", "forces", "stress").index(quantity)
     kind = f"{quantity}-unit"
@@ -426,13 +431,12 @@ def _finding(
     where = f" of {name}" if name else ""
     said = [clue.words for clue in clues if clue.powers[place] or (mistake.kind and mistake.kind in clue.words)]
     doubt = f" (or {' or '.join(others)})" if others else ""
-    part = _only(case, name)
     return Finding(
         kind,
         "error",
         f"The {PLURALS[quantity]}{where} are {_described(quantity, mistake)}",
         f"the {quantity} labels are {_described(quantity, mistake)}{doubt}",
-        _fix(part, quantity, mistake),
+        fix,
         some(indices[_labelled(case, quantity)[indices]]),
         (*said, f"this explains what was measured e^{odds:.0f} times better than our units and signs"),
     )
@@ -455,12 +459,19 @@ def _only(case: Case, name: str) -> Case:
     return one
 
 
-def _fix(case: Case, quantity: str, mistake: Mistake) -> str:
-    if quantity == "forces" and mistake.size < 0:
-        by = -abs(factor("forces", mistake.unit.removeprefix("-")))
-        at = case.place("forces")
-        return case.change(f"{at} = {by:.9g} * {at}")
-    if mistake.kind == "virial":
-        at = case.place("stress")
-        return case.change(f"atoms.info['virial'] = {'-' if mistake.size > 0 else ''}{at}", f"del {at}")
-    return case.convert(quantity, mistake.unit)
+def _fix(case: Case, wrong: dict[str, Mistake]) -> str:
+    """What mends all labels of a source at once: a command, or Python for what no unit can say."""
+    if all(_is_said(case, quantity, mistake) for quantity, mistake in wrong.items()):
+        return case.convert({quantity: mistake.unit for quantity, mistake in wrong.items()})
+    lines = []
+    for quantity, mistake in wrong.items():
+        by = {"per atom": " * len(atoms)", "virial": " / atoms.get_volume()"}.get(mistake.kind, "")
+        lines += case.relabel(quantity, f"LABEL = {1 / mistake.size:.9g} * np.asarray(LABEL){by}")
+    return case.change(*lines)
+
+
+def _is_said(case: Case, quantity: str, mistake: Mistake) -> bool:
+    """Whether a unit can say the mistake; what was declared before, virials and gradients have none."""
+    keys = [key.lower() for _, key, _ in case.labels[quantity].keys]
+    virials = mistake.kind == "virial" or any(key.endswith(("virial", "virials")) for key in keys)
+    return not (quantity in case.unit or virials or (quantity == "forces" and mistake.size < 0))

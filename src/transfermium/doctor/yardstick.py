@@ -9,11 +9,12 @@ from ase.data import atomic_numbers
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ..evaluate import predict
-from .base import Case
+from .base import NOBLE, Case
 
 MOST_STRUCTURES, MOST_ATOMS = 160, 3_000  # that are looked at
 LEAST_FORCE = 0.05  # eV/Å predicted; below, the yardstick says nothing of forces
 LEAST_STRESS = 2e-3  # eV/Å³, likewise
+FEW_SUBSTANCES = 10
 LEAST_R = 0.45  # correlation of large forces; in public sets it is 0.69 to 0.98
 
 
@@ -50,6 +51,7 @@ def _beside(case: Case, indices: np.ndarray) -> Beside | None:
         return None
     seen = np.zeros(119, bool)
     seen[[atomic_numbers[symbol] for symbol in model.card.get("elements", {})]] = True
+    seen[NOBLE] = False  # it does not know what little holds these together
     usable = np.isfinite(case.contacts.fraction) | case.contacts.alone
     usable &= (
         ~case.forgotten & ~case.composition[:, ~seen].any(axis=1) & (case.n_atoms > 1) & (case.contacts.fraction > 0.4)
@@ -116,12 +118,25 @@ def unrelated(found: Beside) -> bool:
     return one is not None and abs(one.r) < LEAST_R and one.n > 500 and bool(size > 0.3)
 
 
-def about_mean_pressure(stress: np.ndarray) -> np.ndarray:
-    """Stresses less their mean pressure: the equilibrium volumes of a yardstick can be wrong all in one direction."""
+def about_mean_pressure(stress: np.ndarray, substance: np.ndarray) -> np.ndarray:
+    """Stresses less their median pressure, as the equilibrium volumes of a yardstick can be wrong in one direction.
+
+    Of few substances they can be so in both directions: then it is the median of each.
+    """
     pressure = np.trace(stress, axis1=1, axis2=2) / 3
-    known = np.isfinite(pressure)
-    mean = np.median(pressure[known]) if known.any() else 0.0
-    return np.asarray(stress - mean * np.eye(3))
+    if len(np.unique(substance)) > FEW_SUBSTANCES:
+        substance = np.zeros_like(substance)
+    for one in np.unique(substance[np.isfinite(pressure)]):
+        own = (substance == one) & np.isfinite(pressure)
+        pressure[own] = np.median(pressure[own])
+    return np.asarray(stress - pressure[:, None, None] * np.eye(3))
+
+
+def contradicts(label: np.ndarray, prediction: np.ndarray, r: float) -> bool:
+    """Whether stresses less their pressure, where there are any, have the other sign than `r`."""
+    shear = [s - np.trace(s, axis1=1, axis2=2)[:, None, None] / 3 * np.eye(3) for s in (label, prediction)]
+    one = fit(shear[0].ravel(), shear[1].ravel(), LEAST_STRESS / 4)
+    return one is not None and abs(one.r) > LEAST_R and one.r * r < 0
 
 
 def _limited(values: np.ndarray) -> np.ndarray:

@@ -18,19 +18,19 @@ Content = Mapping[str, Any]
 
 
 def show(content: Content, labels: Labels, console: Console) -> None:
-    """Print the manifest of labels and all findings; what comes from files is printed as it is."""
+    """Print the manifest of labels and all findings; what comes from files is text, and cannot steer the terminal."""
     if labels.entries:
         console.print(labels.table())
     for one in content["findings"]:
+        title, kind = _plain(one["title"]), _plain(f" [{one['kind']}]")
         console.print(
-            Text.assemble((one["severity"], COLOURS[one["severity"]]), " ", one["title"], (f" [{one['kind']}]", "dim")),
-            soft_wrap=True,
+            Text.assemble((one["severity"], COLOURS[one["severity"]]), " ", title, (kind, "dim")), soft_wrap=True
         )
         lines = [f"  cause: {one['cause']}", *(f"  measured: {words}" for words in one["evidence"])]
         if one["structures"]:
             lines.append(f"  structures: {listed(one['structures'])}")
         lines += [f"  {'fix: ' if k == 0 else '     '}{line}" for k, line in enumerate(one["fix"].splitlines())]
-        console.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
+        console.print(Text("\n".join(map(_plain, lines)), style="dim"), soft_wrap=True)
     console.print(Text(verdict(content)), style="bold", soft_wrap=True)
 
 
@@ -78,3 +78,8 @@ def listed(indices: Sequence[int]) -> str:
     return (
         f"{shown} and {len(indices) - MOST_SHOWN:,} more (doctor.json has all)" if len(indices) > MOST_SHOWN else shown
     )
+
+
+def _plain(text: str) -> str:
+    """Without control characters."""
+    return "".join(one for one in text if one.isprintable())
