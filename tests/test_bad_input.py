@@ -271,7 +271,7 @@ def structures() -> Iterator[Row]:
     yield pack_row("cell NaN", frame(cell="nan 0 0 0 4 0 0 0 4"), "structure 0.* cell")
     yield pack_row("cell of eight", frame(cell="4 0 0 0 4 0 0 0"), "structure 0 cannot be read")
     yield pack_row("two axes for pbc", frame(pbc="T T"), "structure 0 cannot be read")
-    yield pack_row("pbc in words", frame(pbc="maybe not now"), "pbc 'maybe', which is neither T nor F")
+    yield pack_row("pbc in words", frame(pbc="maybe not now"), "pbc 'maybe not now', which is neither T nor F")
     yield pack_row("slab without an axis", frame(cell="4 0 0 0 0 0 0 0 4", pbc="T T F"), "no volume")
     yield judged("a million Å apart", "larger than 10000 Å", "Cu 0 0 0", "Cu 1000000 0 0", cell="", pbc="F F F")
     yield judged("cell of a million Å", "cell longer than 10000 Å", cell="1e6 0 0 0 1e6 0 0 0 1e6")
@@ -533,6 +533,12 @@ def models() -> Iterator[Row]:
         ("inputs", 5, "damaged"),
     ):
         yield info(f"{name} {str(value)[:12]}", entry(value, "backbone", "arguments", name), words)
+    for cls, arguments, words in (
+        ("ET", {"heads": 0}, "0 heads attend to nothing"),
+        ("ET", {"heads": -8}, "-8 heads attend to nothing"),
+        ("CGCNN", {"cutoff": 1e-300}, "damaged"),
+    ):
+        yield info(f"{cls} of {arguments}", entry({"class": cls, "arguments": arguments}, "backbone"), words)
     first = "backbone.node_inputs.element.weight"
     for name, change, words in (
         ("missing", lambda t: {n: x for n, x in t.items() if n != first}, f"{first} is missing"),
@@ -540,6 +546,7 @@ def models() -> Iterator[Row]:
         ("of another shape", lambda t: {**t, first: t[first][1:].clone()}, f"{first} is .* but the card needs"),
         ("of integers", lambda t: {**t, first: t[first].long()}, "of int64, but the card needs"),
         ("NaN", lambda t: {**t, first: t[first] * torch.nan}, f"{first} has values that are not finite"),
+        ("too large", lambda t: {**t, first: t[first].double() * 1e300}, f"{first} has values that are not finite"),
     ):
         yield info(f"tensor {name}", model(tensors=change), words)
     for name in (
@@ -548,6 +555,9 @@ def models() -> Iterator[Row]:
     ):
         for value in (5, "x", [5]):
             yield info(f"{name} {value}", entry(value, name), re.escape(f"'{name}' of its card"))
+    for value in (5, {"energy": 5}, {"energy": {"output": 5}}):
+        said = re.escape("'targets' of 'uncertainty' of its card")
+        yield info(f"uncertainty of {value}", entry({"targets": value}, "uncertainty"), said)
     yield info("unknown element", entry(3, "elements", "Qq"), "element 'Qq'")
     yield info("history of words", entry(["x"], "history"), "is 'x', which is not of the kind")
     yield info("labels without keys", entry([{"quantity": "energy"}], "labels", "labels"), "has no 'keys'")
@@ -702,7 +712,7 @@ OPTIONS = (  # verb, option, words
     (CURVE, "--budget soon", "'soon' is not a time"),
     (CURVE, "--target 5miles", "unit miles"),
     (CURVE, "--cost-per-label much", "'much' is not a time"),
-    (CURVE, "--margin -1", "margin is -1.0, but must not be negative"),
+    (CURVE, "--margin -1", "margin is -1.0, but must be above zero"),
     (CURVE, "--rates 0", "lr is 0.0, but must be above zero"),
     (CURVE, "--base none", "there is no file none"),
     (CURVE, "--base-data a.extxyz", "give one of them, not both"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import ase.io
@@ -14,10 +15,10 @@ from torch import Tensor
 import transfermium as tm
 from tests.alloys import QUICK, alloys, painn, potential, weights_of
 from tests.test_backbones_force import egnn, gns
-from transfermium import cli
-from transfermium.graph import AtomGraph, Cutoff
+from transfermium import cli, stage
+from transfermium.graph import AtomGraph, Cutoff, Sample
 from transfermium.heads import Head
-from transfermium.jacobian import direct_forces, jacobian_asymmetry
+from transfermium.jacobian import _forward, direct_forces, jacobian_asymmetry
 from transfermium.transfer import weights_fingerprint
 
 
@@ -110,6 +111,31 @@ def test_it_is_said_and_kept_where_forces_are_direct(capsys: pytest.CaptureFixtu
     assert f"Asymmetry of the Jacobian of direct forces: {asymmetry:.2g}" in " ".join(capsys.readouterr().err.split())
     noise = tm.pretrain(alloys(6), tm.Denoise(conservative=False), painn(), **options)
     assert "jacobian asymmetry" not in potential().card and "jacobian asymmetry" not in noise.card
+
+
+def test_differences_keep_nothing_for_a_backward_pass() -> None:
+    """Or a structure that memory had room for in training would have none here."""
+    model, atoms = model_of(painn(), conservative=False).double().train(), alloys(1)[0]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _forward(model, Sample(atoms, {}), model.backbone.edges.neighbors(atoms), np.ones((len(atoms), 3)))
+    assert not kept
+
+
+@pytest.mark.parametrize(("said", "ends"), [("DefaultCPUAllocator: can't allocate memory", False), ("else", True)])
+def test_without_memory_for_it_a_run_ends_without_it(monkeypatch: pytest.MonkeyPatch, said: str, ends: bool) -> None:
+    def fail(*arguments: Any, **options: Any) -> float:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(stage, "jacobian_asymmetry", fail)
+    with pytest.raises(RuntimeError) if ends else nullcontext():
+        model = tm.pretrain(alloys(6), tm.Potential(conservative=False), painn(), steps=1, **QUICK)
+        assert "jacobian asymmetry" not in model.card
 
 
 def test_models_without_forces_are_refused() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transfermium.data import Labelled
 from transfermium.data.load import VALIDATION, Batches, count_edges, plan
 from transfermium.model import read_tensors, write_tensors
 from transfermium.optim import AdamW
-from transfermium.train import TrainConfig, evaluate_loss, layers, parse_time, read_metrics, train
+from transfermium.train import TrainConfig, _Run, evaluate_loss, layers, parse_time, read_metrics, train
 
 STEPS = 14
 OBJECTIVE = tm.Potential(energy=1.0, forces=1.0, stress=1.0)
@@ -155,7 +156,7 @@ class TestInterrupted:
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
 
     def test_states_of_earlier_versions_go_on_too(self, tmp_path):
-        """They do not say where the next step begins, nor how much memory had room for."""
+        """They do not say where the next step begins, how much memory had room for, nor what to go back to."""
         structures, config = alloys(8), quick(steps=10)
         for progress in train(new_model(), OBJECTIVE, structures, config, out=tmp_path, save_every=0):
             if progress.step == 7:
@@ -163,8 +164,13 @@ class TestInterrupted:
         tensors, metadata = read_tensors(tmp_path / "state.safetensors")
         numbers = json.loads(metadata["numbers"])
         assert numbers.pop("place")[0] > 0 and numbers.pop("rooms") == {}
+        assert tensors.pop("candidate.0") is not None
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("candidate.")}
         write_tensors(tmp_path / "state.safetensors", tensors, {"numbers": json.dumps(numbers)})
 
+        restored = _Run(new_model(seed=1), OBJECTIVE, structures, config, (), tmp_path, lambda done: None)
+        restored._restore()
+        assert all(map(torch.equal, restored.candidate, restored.average))
         list(train(model := new_model(), OBJECTIVE, structures, config, out=tmp_path))
         assert same_bits(weights_of(model), weights_of(finished(structures, config)))
 
@@ -537,6 +543,7 @@ class TestConfig:
         [
             *[("lr", 0.0), ("clip", -1.0), ("edges", 0), ("steps", -1), ("backbone_lr", -1.0), ("workers", -1)],
             *[("warmup", 1.0), ("ema", 1.0), ("time", "0s"), ("time", "soon"), ("time", "")],
+            *product(("lr", "backbone_lr", "l2_to_base", "weight_decay"), (math.inf, math.nan)),
         ],
     )
     def test_what_cannot_be_is_refused(self, name, value):

@@ -86,12 +86,15 @@ def _directions(n_atoms: int, probes: int | None, rng: np.random.Generator) -> t
 
 def _forward(model: Model, sample: Sample, neighbors: Neighbors, v: np.ndarray) -> Tensor:
     """J v: (n_atoms, 3)."""
-    moved = [sample.atoms.copy(), sample.atoms.copy()]
-    for atoms, step in zip(moved, (STEP, -STEP), strict=True):
+
+    def forces(step: float) -> Tensor:
+        atoms = sample.atoms.copy()
         atoms.positions += step * v
-    graph = to_batch([Sample(atoms, {}, sample.inputs) for atoms in moved], model.backbone.edges, [neighbors] * 2).graph
-    after, before = model(graph, ["forces"])["forces"].detach().chunk(2)
-    return (after - before) / (2 * STEP)
+        graph = to_batch([Sample(atoms, {}, sample.inputs)], model.backbone.edges, [neighbors]).graph
+        with torch.no_grad():  # which forces that are a derivative turn on again
+            return model(graph, ["forces"])["forces"].detach()
+
+    return (forces(STEP) - forces(-STEP)) / (2 * STEP)
 
 
 def _backward(model: Model, sample: Sample, neighbors: Neighbors, v: np.ndarray) -> Tensor:

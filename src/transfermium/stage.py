@@ -28,7 +28,7 @@ from .objectives import Objective
 from .rehearsal import rehearse
 from .replay import NEW, Beside, Ledger, show_forgetting
 from .run import claim, write_json
-from .train import Progress, TrainConfig, chosen_device, read_metrics, train
+from .train import Progress, TrainConfig, chosen_device, is_out_of_memory, read_metrics, train
 from .uncertainty import CrossChoice
 
 
@@ -139,8 +139,7 @@ def trained(
         if verbose and error:
             console.print(f"Equivariance error of {type(model.backbone).__name__}: {told_of_equivariance(error)}")
     if direct_forces(model):
-        structures = data.valid if len(data.valid) else data.train
-        asymmetry = jacobian_asymmetry(model, structures, objective, seed=config.seed)
+        asymmetry = _asymmetry(model, data.valid if len(data.valid) else data.train, objective, config.seed)
         if math.isfinite(asymmetry):
             model.card["jacobian asymmetry"] = asymmetry
             if verbose:
@@ -179,6 +178,16 @@ def _learned(
 ) -> tuple[Model, Objective, Sequence[ase.Atoms]]:
     """What is trained, on what: with replay a model of two tasks, whose backbone and heads are those of the one."""
     return (two.model, two.objective, two.train) if two else (model, objective, data.train)
+
+
+def _asymmetry(model: Model, structures: Sequence[ase.Atoms], objective: Objective, seed: int) -> float:
+    """Of the Jacobian of the forces; NaN where memory has no room for it, which training needed less of."""
+    try:
+        return jacobian_asymmetry(model, structures, objective, seed=seed)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.nan
 
 
 def _finished(folder: Path | None) -> Model | None:

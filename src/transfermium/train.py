@@ -100,6 +100,9 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("lr", "backbone_lr", "l2_to_base", "weight_decay"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise InputError(f"{name} is {getattr(self, name)}, but must be a finite number")
         for name in ("lr", "clip", "edges"):
             if not (getattr(self, name) or 0) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be above zero")
@@ -228,7 +231,7 @@ def in_parts(work: Callable[[Any], T], members: Any, structures: Sequence[ase.At
     try:
         found = work(members)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if len(members) == 1:
             raise _no_room(structures, int(members[0])) from None
@@ -485,7 +488,7 @@ class _Run:
             try:
                 return self._backward([batch.to(device_of(self.model)) for batch in batches], summed)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self.optimizer.zero_grad()  # here, where the exception no longer holds what was computed
             sizes = [batch.graph.n_edges for batch in batches]
@@ -717,8 +720,7 @@ class _Run:
                 p.copy_(tensors[f"weights.{i}"])
             self.average[i].copy_(tensors[f"average.{i}"])
             self.best_weights[i].copy_(tensors[f"best.{i}"])
-            if f"candidate.{i}" in tensors:
-                self.candidate[i].copy_(tensors[f"candidate.{i}"])
+            self.candidate[i].copy_(tensors.get(f"candidate.{i}", self.average[i]))  # earlier versions saved none
             if tensors["updates"][i]:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(tensors["updates"][i])),
@@ -762,7 +764,7 @@ def _counted(batches: Batches, counting: Callable[[int], None] = lambda done: No
     return counts
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 

@@ -32,7 +32,7 @@ CARD: dict[Any, Any] = {  # an entry whose name ends in ? may be missing
     "references (eV)?": {str: NUMBER},
     "provenance?": {},
     "metrics?": {},
-    "uncertainty?": {},
+    "uncertainty?": {"targets?": {str: {"output": str}}},
 }
 PART = {"outputs": {str: str}, "inputs?": {str: NUMBER}, "card": CARD}
 FILE = {"backbone": SPEC, "outputs": {str: SPEC}, "dtype": str, "history?": [STAGE], "parts?": {str: PART}, **CARD}
@@ -81,7 +81,7 @@ def _of_range(*bounds: Any, **others: Any) -> int:
 
 
 MAKE: dict[Any, Any] = {  # function of torch to how many numbers it will give
-    **{f: _of_shape for f in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye)},
+    **{f: _of_shape for f in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)},
     torch.full: lambda size, *args, **others: math.prod(size),
     torch.linspace: _of_steps,
     torch.logspace: _of_steps,
@@ -108,7 +108,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
             shapes = [f"{tuple(one.shape)} of {str(one.dtype).removeprefix('torch.')}" for one in (found, tensor)]
             raise ValueError(f"the tensor {name} is {shapes[0]}, but the card needs {shapes[1]}")
-        if not torch.isfinite(found).all():
+        if not torch.isfinite(found.to(tensor.dtype)).all():
             raise ValueError(f"the tensor {name} has values that are not finite")
     if more := [name for name in tensors if name not in expected]:
         raise ValueError(f"the card knows no tensor {more[0]}")

@@ -434,6 +434,30 @@ def test_a_senseless_structure_is_named(tmp_path: Path, text: str, message: str)
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("header", "pbc"),
+    [
+        ('pbc="T T F"', [True, True, False]),
+        ("pbc='T T F'", [True, True, False]),
+        ("pbc={T T F}", [True, True, False]),
+        ("pbc=[1, 1, 0]", [True, True, False]),
+        ("pbc=F", [False] * 3),
+        ('note="made with pbc=on" pbc="T T F"', [True, True, False]),
+        *[(f'pbc="{text}"', None) for text in ("[T, T, F]", "[False, False, False]", "f f f", "t t f", "f", "2 0 0")],
+        ('pbc="T T F" pbc="on"', None),
+        ('pbc=""', None),
+    ],
+)
+def test_pbc_is_what_it_says_or_refused(tmp_path: Path, header: str, pbc: list[bool] | None) -> None:
+    path = tmp_path / "a.xyz"
+    path.write_text(f'1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3 {header}\nH 0 0 0\n')
+    if pbc is not None:
+        assert read(path)[0].pbc.tolist() == pbc
+        return
+    with pytest.raises(InputError, match=r"structure 0 (has the pbc .* neither T nor F|cannot be read)"):
+        read(path)
+
+
 def test_slabs_and_wires_need_no_full_cell() -> None:
     slab = Atoms("H", cell=[2, 2, 0], pbc=[True, True, False])
     wire = Atoms("H", cell=[0, 0, 3], pbc=[False, False, True])

@@ -210,6 +210,9 @@ def test_unknown_keywords_are_counted_and_told(tmp_path: Path, caplog: pytest.Lo
         ("begin\n", "", r"line 13: 'lattice' stands outside"),
         ("begin\n", "begin element position(3)\n", r"line 12: atoms begin with 'position\(3\) element'"),
         ("begin\n", "begin position(3) element force(x)\n", r"line 12: 'force\(x\)' is no column"),
+        ("begin\n", "begin position(3) element numbers force(3)\n", r"line 12: a column 'numbers' would replace"),
+        ("begin\n", "begin position(3) element charge charges\n", r"line 12: a column 'charges' would replace"),
+        ("begin\n", "begin position(3) element element\n", r"line 12: a column 'element' would replace"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:

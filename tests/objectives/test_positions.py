@@ -20,6 +20,7 @@ from transfermium.data.load import random_rotation, turned
 from transfermium.graph import Sample, to_batch
 from transfermium.heads import MISSING, AskedHead
 from transfermium.model import described
+from transfermium.objectives import positions
 from transfermium.objectives.base import told
 from transfermium.objectives.positions import Rings
 from transfermium.testing import check_head, check_objective
@@ -106,10 +107,27 @@ class TestPlaces:
         objective = tm.MaskPositions(flag=False)
         assert objective.scalar_inputs() == () and prepared(objective, waters(8)).inputs.keys() == {MISSING}
 
-    @pytest.mark.parametrize("atoms", [Atoms(), Atoms("H"), Atoms("HF", [[0, 0, 0], [0.92, 0, 0]]), bulk("Cu")])
+    @pytest.mark.parametrize(
+        "atoms",
+        [Atoms(), Atoms("H"), Atoms("HF", [[0, 0, 0], [0.92, 0, 0]]), bulk("Cu"), Atoms("Cu3", 30 * np.eye(3))],
+    )
     def test_where_nothing_can_be_removed_the_structure_stays_and_teaches_nothing(self, atoms):
         sample = prepared(tm.MaskPositions(), atoms)
         assert sample.atoms is atoms and not asked(sample).any() and not sample.inputs["masked"].any()
+
+    @pytest.mark.parametrize(
+        ("chosen", "atoms", "words"),
+        [
+            ("He", Atoms("Cu2He", [[0, 0, 0], [2.2, 0, 0], [0, 5.5, 0]]), "within 3.5 Å of any He.*larger radius"),
+            ("any", Atoms("Cu3", 30 * np.eye(3)), "within 3.5 Å of any atom.*larger radius"),
+            ("any", bulk("Cu"), "less than three atoms"),
+            ("He", bulk("NaCl", "rocksalt", a=5.64, cubic=True), "there is no He"),
+        ],
+    )
+    def test_where_nothing_can_be_asked_the_reason_is_that_of_the_whole_structure(self, chosen, atoms, words):
+        objective = tm.MaskPositions(atoms=chosen)
+        with pytest.raises(tm.InputError, match=words):
+            objective.settled([prepared(objective, atoms)])
 
 
 # ---------------------------------------------------------------------------------------------------------- the density
@@ -284,6 +302,14 @@ class TestFloor:
             normal = -0.5 * ((some - some.mean()) / width) ** 2 - np.log(width * np.sqrt(2 * np.pi))
             losses.extend(-(normal - np.log(4 * np.pi) - 3 * some))
         assert objective.floor(structures, nearest=False) < np.mean(losses)
+
+    def test_takes_some_atoms_of_a_large_structure(self, monkeypatch):
+        """The work grows with their square."""
+        counted: list[int] = []
+        monkeypatch.setattr(positions, "MOST_CLUES", 30)
+        monkeypatch.setattr(positions, "_best", lambda rows, *_: counted.append(len(rows)) or np.zeros(len(rows)))
+        tm.MaskPositions().floor([waters(64)])
+        assert sum(counted) == 30
 
     def test_is_told_before_training(self, capsys):
         structures = [*(waters(8, seed) for seed in range(3)), bulk("Cu")]

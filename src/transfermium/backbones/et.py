@@ -54,6 +54,8 @@ class ET(Backbone):
         super().__init__()
         if depth < 1:
             raise InputError(f"a depth of {depth} leaves nothing that passes messages: choose 1 or more")
+        if heads < 1:
+            raise InputError(f"{heads} heads attend to nothing: choose 1 or more")
         if width % heads:
             raise InputError(f"a width of {width} cannot be divided among {heads} heads: choose a multiple of {heads}")
         self.width = width

@@ -33,7 +33,8 @@ HEAD = 1 << 14  # bytes
 UNITS = "Ha/bohr"  # of forces, which has that of energies and that of lengths in it
 DECLARED = re.compile(r"\s*[#!]\s*units?\b\s*[:=]?\s*(\S.*)", re.IGNORECASE)
 COLUMNS = ("position(3)", "element", "charge", "atom_energy", "force(3)")  # where the line of `begin` names none
-FORCES = {"force", "forces"}
+SINGULAR = {"forces": "force", "charges": "charge"}
+RESERVED = {"numbers", "positions", "momenta", "masses", "tags", "initial_charges", "initial_magmoms"}  # of ase.Atoms
 CLOSE = 0.65  # of the sum of covalent radii; two atoms that are nearer are so because Å were taken for Bohr
 JUDGED = 10  # structures, the first ones
 
@@ -156,7 +157,7 @@ class _File:
             results["energy"] = ev * block.totals["energy"]
         for name, columns in block.columns.items():
             values = others[:, columns]
-            if name in FORCES:
+            if name == "force":
                 if results or values.any():
                     results["forces"] = ev_per_a * values
             elif name != "atom_energy" and values.any():
@@ -230,8 +231,11 @@ def _columns(names: list[str], where: str) -> dict[str, slice]:
     start = 0
     for name in names[2:]:
         plain, _, size = name.rstrip(")").partition("(")
+        plain = SINGULAR.get(plain, plain)
         if size and not size.isdecimal():
             raise InputError(f"{where}: {name!r} is no column such as 'charge' or 'force(3)'; correct it")
+        if plain in RESERVED or plain in ("position", "element", *found):
+            raise InputError(f"{where}: a column {name!r} would replace what is known otherwise; give it another name")
         found[plain] = slice(start, start := start + int(size or 1))
     return found
 

@@ -27,6 +27,7 @@ MOST_COLUMNS = 256  # of one shard; further keys share the column `json`
 Key = tuple[str, str]  # place ("atoms", "arrays", "info" or "calc") and name there
 Entries = Iterable[tuple[Key, Any]]  # what one structure is made of
 LEVEL = ("info", "level")
+WIDEST = 1024  # bytes of a value in an array; words that claim more are as wide as the longest of them
 OTHERS = ("", "json")  # the column of all values that have none of their own
 
 
@@ -461,7 +462,7 @@ def _from_json(found: dict[str, Any]) -> Any:
         case {"@array": [dtype, shape, values]}:
             if np.dtype(dtype).kind not in "biufU":
                 raise ValueError(f"{dtype} is no plain type")
-            return np.array(values, dtype).reshape(shape)
+            return np.array(values, dtype if np.dtype(dtype).itemsize <= WIDEST else str).reshape(shape)
         case {"@spacegroup": [number, setting]}:
             return _spacegroup(number, setting)
         case {"@constraint": arguments}:

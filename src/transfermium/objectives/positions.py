@@ -23,15 +23,15 @@ from .mask import MASKED, Removal
 
 NUMBERS = 5  # of a ring, beside its axis
 SMALL = 1e-2  # of an output called axis: a shorter one has little direction, and its ring becomes a sphere
-MOST_CLUES = 3_000  # atoms that the floor of the loss is computed from
+MOST_CLUES = 3_000  # atoms that the floor of the loss is computed from, and at most as many more
 
 
 class MaskPositions(Removal):
     """Atoms are removed; each atom near one says where it was, by a distribution over space, and which element is told.
 
     At every access atoms are chosen afresh and taken away with their images. What is left within `radius` of such a
-    place is flagged and asked for it; an atom near several is asked for one of them, drawn at random. Its error is
-    -ln p of the vector from there to the removed atom, with p per Å^3.
+    place is flagged and asked for it; an atom near several is asked for one of them, drawn at random. Where nobody is
+    near, the structure stays whole. The error is -ln p of the vector from there to the removed atom, with p per Å^3.
 
     p is a mixture of rings: each is symmetric about an axis, which is a vector output ("axis_1" and on), with scalars
     (output "rings") that say what angle to it and what distance are likely,
@@ -109,11 +109,15 @@ class MaskPositions(Removal):
         clues: dict[tuple[int, int], list[tuple[float, float]]] = {}
         order = np.random.default_rng(0).permutation(len(structures))
         for k in order.tolist():
-            for pair, distance, cosine in _clues(self.prepare(structures[k], np.random.default_rng((0, k)))):
+            rng = np.random.default_rng((0, k))
+            some = _clues(self.prepare(structures[k], rng))
+            if len(some) > MOST_CLUES:  # the work grows with their square
+                some = [some[i] for i in rng.choice(len(some), MOST_CLUES, replace=False)]
+            for pair, distance, cosine in some:
                 clues.setdefault(pair, []).append((math.log(distance), cosine))
             if sum(map(len, clues.values())) >= MOST_CLUES:
                 break
-        logs = [_best(np.array(some), self.resolution, nearest) for some in clues.values()]
+        logs = [_best(np.array(rows), self.resolution, nearest) for rows in clues.values()]
         return -float(np.concatenate(logs).mean()) if logs else float("nan")
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
@@ -124,6 +128,8 @@ class MaskPositions(Removal):
 
         found = Cutoff(self.radius).neighbors(atoms)
         near = rng.permutation(np.flatnonzero(kept[found.receivers] & ~kept[found.senders]))
+        if not len(near):
+            kept[:] = True
         asked, first = np.unique(found.receivers[near], return_index=True)  # of several places one, all alike likely
         positions, missing = np.full((len(atoms), 3), np.nan), np.zeros((len(atoms), 1))
         positions[asked] = _vectors(atoms, found)[near[first]]
