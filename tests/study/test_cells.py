@@ -334,6 +334,25 @@ def test_no_worker_outlives_the_command(how: signal.Signals, tmp_path: Path) -> 
         assert said.splitlines()[-1] == "KeyboardInterrupt: 0 of 3 cells are done; the same command goes on"
 
 
+def test_workers_that_only_begin_are_deaf_to_ctrl_c(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from tests.study.test_cells import *; study_without_end(Path({str(tmp_path)!r}))"
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heard,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        await_that(lambda: len(list(tmp_path.glob("cells/*/cell.json"))) == 2)
+        time.sleep(0.3)  # they import torch
+        os.killpg(command.pid, signal.SIGINT)  # to all, as a terminal does
+        _, said = command.communicate(timeout=60)
+    finally:
+        command.kill()
+    assert not written(tmp_path)
+    assert said.splitlines()[-1] == "KeyboardInterrupt: 0 of 3 cells are done; the same command goes on"
+    assert said.count("Traceback") == 1 and "spawn_main" not in said
+
+
 def written(out: Path) -> list[Path]:
     return [file for file in out.glob("cells/*/pid") if file.read_text()]
 

@@ -253,7 +253,8 @@ def _begun(pool: Executor, cell: Cell, out: str | Path, done: Mapping[Cell, Any]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cell.json", {**cell.identity, "in full": cell.in_full})
     needed = {name: Done(other.folder(out), done[other]) for name, other in cell.needs.items()}
-    return pool.submit(_do, folder, cell.work, {**cell.key, **cell.arguments, **needed})
+    with _deaf():
+        return pool.submit(_do, folder, cell.work, {**cell.key, **cell.arguments, **needed})
 
 
 def _do(folder: Path, work: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[str, Any]:
@@ -373,6 +374,19 @@ def _processes(workers: int) -> Iterator[Executor]:
         except BaseException:
             end.close()  # what is running ends too: it goes on from what it saved
             raise
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Put Ctrl-C off; processes that begin within never hear it, from their first import on."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepared(leash: Connection) -> None:
