@@ -40,6 +40,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or what one
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or with 2 and one sentence when the input cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
+    files: Sequence[str] = []
     try:
         _end_in_order()
         if not _takes_part(next(iter(argv), "")):
@@ -51,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         values.pop("config", None)
         values.pop("debug", None)
         _check_teacher(values.get("teacher"), argv)
+        files = values.get("data") or []
         VERBS[verb](values)
     except Misuse as error:
         _trace(argv)
         _fail(_readable(str(error), _options(next(iter(argv), "")), _config_of(argv)))
     except InputError as error:
         _trace(argv)
-        _fail(str(error))
+        _fail(f"{files[0]}: {error}" if len(files) == 1 and re.match(r"structure \d", str(error)) else str(error))
     except ValueError as error:
         if not isinstance(error.__cause__, InputError):  # raised by a constructor, wrapped by jsonargparse
             raise

@@ -298,6 +298,8 @@ def predict(
         text = io.StringIO()
         if ending == ".csv":
             _write_csv(text, results, model)
+            if verbose and (left := [stored_as(model, name) for name in model.outputs if model.per_atom(name)]):
+                console.print(f"A table has no room for {and_(left)}, which each atom has: an .extxyz file does")
         else:
             from ase.io import write  # it takes half a second
 

@@ -506,6 +506,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
+        with open(path, "rb") as raw:
+            head = raw.read(4)
+        if head[:1] == b"\x80" or head == b"PK\x03\x04":
+            raise InputError(
+                f"{path} is a pickle, as torch.save writes them: these run any code and are never loaded; give a model "
+                "that transfermium saved"
+            ) from None
         raise InputError(f"{path} is not a complete safetensors file: {error}") from None
 
 

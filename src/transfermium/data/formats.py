@@ -154,6 +154,8 @@ def _parse_plain(path: Path, suffix: str) -> Iterator[Atoms]:
         )
     elif suffix == ".db":
         yield from _database(path)
+    elif suffix == ".csv":
+        raise InputError(f"{path}: a table has no structures; give the folder that holds it and their files")
     else:
         from ase.io import iread
 

@@ -172,9 +172,9 @@ class _File:
         units = self.units or UNITS
         try:
             return factor("energy", units.rpartition("/")[0]), factor("forces", units)
-        except InputError as error:
+        except InputError:
             raise InputError(
-                f"{self.path}: the units '{units}' are not those of forces, as in 'eV/Å': {error}"
+                f"{self.path}: the units '{units}' are not an energy over a length: write eV/Å or Ha/bohr"
             ) from None
 
 
