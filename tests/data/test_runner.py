@@ -224,7 +224,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, old: str, new: str
 
 
 def test_units_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"input\.data: the units 'Hartree, Bohr' .* 'eV/Å'"):
+    with pytest.raises(InputError, match=r"input\.data: the units 'Hartree, Bohr' .* eV/Å or"):
         read(write(tmp_path, f"# units: Hartree, Bohr\n{WATER}"))
 
 
