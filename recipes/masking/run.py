@@ -3,6 +3,7 @@
     python recipes/masking/run.py --data DIR                          the core grid: two hours on two cores
     python recipes/masking/run.py --data DIR --only rpbed3            one entry of STUDIES
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone GNS
+    python recipes/masking/run.py --data DIR --only pbe0ts --backbone EGNN --tuning 4000
 
 Every way of pre-training is one `curve` with the same labels, test frames, steps and search of learning rates; what is
 learned from scratch is computed once. Finished cells are kept in `--runs`, so that the same command goes on; each
@@ -88,7 +89,10 @@ def objectives(conservative: bool, sigma: float) -> dict[str, Objective]:
 
 
 def main() -> None:
-    args = arguments(__doc__, only="", backbone="", seeds=3, workers=2, source="own", all=0)
+    args = arguments(
+        __doc__, only="", backbone="", seeds=3, workers=2, source="own", all=0, pretraining=STEPS, tuning=TUNING,
+        sigma=0.0,
+    )  # fmt: skip
     for name, study in STUDIES.items():
         if args.only not in ("", name) or (not args.only and name != "pbe0ts"):
             continue
@@ -103,29 +107,31 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
     sizes = study.sizes if args.all else CORE.get(backbone, study.sizes)
     source = pool if args.source == "own" else tm.water(args.source)
 
-    def do(objective: Objective, sizes: Sequence[int], seeds: int, arms: Sequence[str], steps: int = STEPS) -> Any:
+    def do(objective: Objective, sizes: Sequence[int], seeds: int, arms: Sequence[str], steps: int) -> Any:
         part = MASK if isinstance(objective, tm.Together) else None
         return curve(
             pool, tm.Potential(stress=0.0, conservative=conservative), args.runs / "masking" / name, base_data=source,
             base_objective=objective, part=part, test=test, backbone=architecture, arms=arms, sizes=sizes,
-            seeds=seeds, pretraining=f"{steps}steps", tuning=f"{TUNING}steps", edges=EDGES, workers=args.workers,
+            seeds=seeds, pretraining=f"{steps}steps", tuning=f"{args.tuning}steps", edges=EDGES, workers=args.workers,
         )  # fmt: skip
 
     middle = [sizes[-1]] if len(sizes) == 1 else [sizes[1]]
     losses = {}
-    for sigma in SIGMAS:  # chosen by the validation labels of the first seed, before anything else is compared
-        found = do(tm.Denoise(sigma, conservative=conservative), middle, 1, ["scratch", "full"])
+    # unless it is given, the noise is chosen by validation labels of the first seed, before anything else is compared
+    for sigma in [args.sigma] if args.sigma else SIGMAS:
+        found = do(tm.Denoise(sigma, conservative=conservative), middle, 1, ["scratch", "full"], args.pretraining)
         folder = args.runs / "masking" / name / "cells"
         losses[sigma] = min(_best(folder / row["cell"])[1] for row in found["errors"] if row["arm"] == "full")
     sigma = min(losses, key=losses.__getitem__)
     for arm, objective in objectives(conservative, sigma).items():
         print(f"\n{name}, {backbone}: {arm}", flush=True)
-        steps = STEPS // 2 if arm == "mask_denoise" else STEPS  # a step of it learns from both
+        steps = args.pretraining // (2 if arm == "mask_denoise" else 1)  # a step of it learns from both
         result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
         said = {"sigma": sigma} if "denoise" in arm else {"floor": objective.floor(source)}
         keep(args, name, backbone, arm, said, result)
-        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}.json", result)
-    result = do(objectives(conservative, sigma)["mask"], middle, args.seeds, ["scratch", "scratch_long"])
+        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}.json", result)
+    mask = objectives(conservative, sigma)["mask"]
+    result = do(mask, middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
     keep(args, name, backbone, "scratch_long", {}, result)
 
 
@@ -138,7 +144,7 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
         run = runs.setdefault((of, row["n_train"], row["seed"]), {
             "set": name, "backbone": backbone, "arm": of, "n_train": row["n_train"], "seed": row["seed"],
             "pretrain_source": args.source if row["arm"] == "full" else None, **(said if of == arm else {}),
-            "lr": row["lr"], "steps": row["steps"], "train_seconds": row["train_seconds"],
+            "tuning_steps": args.tuning, "lr": row["lr"], "steps": row["steps"], "train_seconds": row["train_seconds"],
             "pretrain_seconds": row["pretrain_seconds"], "cell": row["cell"],
         })  # fmt: skip
         run[f"{row['quantity'].removesuffix('_per_atom')}_mae"] = row["mae"]
@@ -154,10 +160,10 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
         }  # fmt: skip
     path = HERE / "results.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    identity = ("set", "backbone", "arm", "n_train", "seed", "pretrain_source")
+    identity = ("set", "backbone", "tuning_steps", "arm", "n_train", "seed", "pretrain_source")
     new = {tuple(run[k] for k in identity) for run in runs.values()}
     rows = [row for row in rows if tuple(row[k] for k in identity) not in new] + list(runs.values())
-    rows.sort(key=lambda row: [str(row[k]) if k != "n_train" else f"{row[k]:6}" for k in identity])
+    rows.sort(key=lambda row: [f"{row[k]:6}" if isinstance(row[k], int) else str(row[k]) for k in identity])
     path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
 
 

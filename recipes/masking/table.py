@@ -54,20 +54,24 @@ def steps(rows: list[dict]) -> str:
 
 def main() -> None:
     rows = json.loads((HERE / "results.json").read_text())
-    cases = sorted({(r["set"], r["backbone"], r["pretrain_source"] or "own", r["n_train"]) for r in rows})
-    print("| set | backbone | labels | " + " | ".join(f"`{arm}`" for arm in ARMS) + " | steps to scratch's best |")
-    print("|---" * (len(ARMS) + 4) + "|")
+    cases = sorted(
+        {(r["set"], r["backbone"], r["tuning_steps"], r["pretrain_source"] or "own", r["n_train"]) for r in rows}
+    )
+    arms = " | ".join(f"`{arm}`" for arm in ARMS)
+    print(f"| set | backbone | steps | labels | {arms} | steps to scratch's best |")
+    print("|---" * (len(ARMS) + 5) + "|")
     panels: dict[tuple[str, str], list[tuple[int, str, Interval]]] = {}
-    for name, backbone, source, n in cases:
-        own = [r for r in rows if (r["set"], r["backbone"], r["n_train"]) == (name, backbone, n)]
+    for name, backbone, tuning, source, n in cases:
+        case = (name, backbone, tuning, n)
+        own = [r for r in rows if (r["set"], r["backbone"], r["tuning_steps"], r["n_train"]) == case]
         own = [r for r in own if r["pretrain_source"] in (None, source)]
         said = "" if source == "own" else f" ({source})"
-        cells = [f"{name}{said}", backbone, str(n), *(errors(own, arm) for arm in ARMS), steps(own)]
+        cells = [f"{name}{said}", backbone, f"{tuning:,}", str(n), *(errors(own, arm) for arm in ARMS), steps(own)]
         print("| " + " | ".join(cells) + " |")
         for arm in ARMS[1:]:
             ratio = against_scratch(own, arm, "forces_mae")
             if ratio is not None:
-                panels.setdefault((name + said, backbone), []).append((n, arm, ratio))
+                panels.setdefault((name + said, f"{backbone}, {tuning:,} steps"), []).append((n, arm, ratio))
     masked = [r for r in rows if r["arm"] == "mask"]
     for name, backbone in sorted({(r["set"], r["backbone"]) for r in masked}):
         own = [r for r in masked if (r["set"], r["backbone"]) == (name, backbone)]
@@ -90,9 +94,12 @@ def drawn(panels: dict[tuple[str, str], list[tuple[int, str, Interval]]]) -> Fig
                 spread = np.abs(np.array([[r.low, r.high] for _, r in own]).T - middle)
                 axis.errorbar(n, middle, spread, fmt=MARKS[arm], capsize=2, label=arm, ms=4)
         axis.axhline(1, color="0.6", lw=0.8)
-        axis.set(xscale="log", yscale="log", title=f"{name}, {backbone}", xlabel="labels")
+        axis.set(xscale="log", yscale="log", title=f"{name}\n{backbone}", xlabel="labels")
         axis.set_xticks(sorted({n for n, _, _ in points}), [str(n) for n in sorted({n for n, _, _ in points})])
         axis.minorticks_off()
+    low, high = axes[0].get_ylim()
+    ticks = [tick for tick in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0) if low < tick < high]
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel("force error relative to scratch")
     axes[0].legend(fontsize=7)
     return figure
