@@ -4,6 +4,7 @@
     python recipes/masking/run.py --data DIR --only rpbed3            one entry of STUDIES
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone GNS
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone EGNN --tuning 4000
+    python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --ablations 1
 
 Every way of pre-training is one `curve` with the same labels, test frames, steps and search of learning rates; what is
 learned from scratch is computed once. Finished cells are kept in `--runs`, so that the same command goes on; each
@@ -78,8 +79,23 @@ STUDIES = {
     "nacl": Study(
         _split("nacl_water/revPBE0-D3", "train"), _split("nacl_water/revPBE0-D3", "test"), [10, 30, 100], ("TensorNet",)
     ),
+    "ethanol": Study(
+        _split("md17_ethanol/all", "train"), _split("md17_ethanol/all", "test"), [30, 100, 300], ("TensorNet",)
+    ),
+    "aspirin": Study(
+        _split("aspirin_ccsd/all", "train"), _split("aspirin_ccsd/all", "val", "test"), [30, 100, 300], ("TensorNet",)
+    ),
 }  # fmt: skip
 CORE = {"EGNN": [10, 30], "GNS": [30], "ForceNet": [30]}  # sizes of the slower ones, before `--all`
+ABLATIONS = {  # of masking half of the hydrogens, each with one thing changed
+    "mask_quarter": tm.MaskAtoms(fraction=0.25),
+    "mask_all": tm.MaskAtoms(fraction=1.0),
+    "mask_unflagged": tm.MaskAtoms(flag=False),
+    "mask_oxygen": tm.MaskAtoms(atoms="O"),
+    "mask_length": tm.MaskAtoms(length=1.0),
+    "mask_positions": tm.MaskPositions(),
+    "mask_direct": tm.MaskAtoms(conservative=False),
+}
 
 
 def objectives(conservative: bool, sigma: float) -> dict[str, Objective]:
@@ -91,7 +107,7 @@ def objectives(conservative: bool, sigma: float) -> dict[str, Objective]:
 def main() -> None:
     args = arguments(
         __doc__, only="", backbone="", seeds=3, workers=2, source="own", all=0, pretraining=STEPS, tuning=TUNING,
-        sigma=0.0,
+        sigma=0.0, ablations=0,
     )  # fmt: skip
     for name, study in STUDIES.items():
         if args.only not in ("", name) or (not args.only and name != "pbe0ts"):
@@ -115,6 +131,19 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
             seeds=seeds, pretraining=f"{steps}steps", tuning=f"{args.tuning}steps", edges=EDGES, workers=args.workers,
         )  # fmt: skip
 
+    def compared(arm: str, objective: Objective, sizes: Sequence[int], sigma: float = 0.0) -> None:
+        print(f"\n{name}, {backbone}: {arm}", flush=True)
+        steps = args.pretraining // (2 if arm == "mask_denoise" else 1)  # a step of it learns from both
+        result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
+        said = {"sigma": sigma} if "denoise" in arm else {"floor": objective.floor(source)}  # type: ignore[attr-defined]
+        keep(args, name, backbone, arm, said, result)
+        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}.json", result)
+
+    if args.ablations:
+        for arm, objective in ABLATIONS.items():
+            compared(arm, objective, sizes[:1])
+        return
+
     middle = [sizes[-1]] if len(sizes) == 1 else [sizes[1]]
     losses = {}
     # unless it is given, the noise is chosen by validation labels of the first seed, before anything else is compared
@@ -124,12 +153,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         losses[sigma] = min(_best(folder / row["cell"])[1] for row in found["errors"] if row["arm"] == "full")
     sigma = min(losses, key=losses.__getitem__)
     for arm, objective in objectives(conservative, sigma).items():
-        print(f"\n{name}, {backbone}: {arm}", flush=True)
-        steps = args.pretraining // (2 if arm == "mask_denoise" else 1)  # a step of it learns from both
-        result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
-        said = {"sigma": sigma} if "denoise" in arm else {"floor": objective.floor(source)}
-        keep(args, name, backbone, arm, said, result)
-        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}.json", result)
+        compared(arm, objective, sizes, sigma)
     mask = objectives(conservative, sigma)["mask"]
     result = do(mask, middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
     keep(args, name, backbone, "scratch_long", {}, result)

@@ -77,6 +77,17 @@ def main() -> None:
         own = [r for r in masked if (r["set"], r["backbone"]) == (name, backbone)]
         losses = sorted({round(r["pretrain_loss"], 3) for r in own})
         print(f"{name}, {backbone}: masking loss {losses[0]} to {losses[-1]}, floor {own[0]['floor']:.3f}")
+    others = [r for r in rows if r["arm"] not in ARMS]
+    if others:
+        print("\n| set | backbone | labels | arm | force error; relative to scratch | loss of pre-training | floor |")
+        print("|---" * 7 + "|")
+    for arm in dict.fromkeys(r["arm"] for r in others):
+        mine = [r for r in others if r["arm"] == arm]
+        for name, backbone, n in sorted({(r["set"], r["backbone"], r["n_train"]) for r in mine}):
+            own = [r for r in rows if (r["set"], r["backbone"], r["n_train"]) == (name, backbone, n)]
+            losses = [r["pretrain_loss"] for r in own if r["arm"] == arm]
+            floor = next(r["floor"] for r in mine)
+            print(f"| {name} | {backbone} | {n} | {arm} | {errors(own, arm)} | {np.mean(losses):.3f} | {floor:.3f} |")
     if panels:
         drawn(panels).savefig(HERE.parents[1] / "docs/images/masking.svg", bbox_inches="tight", metadata={"Date": None})
 
