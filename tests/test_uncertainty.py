@@ -15,6 +15,7 @@ import transfermium as tm
 from tests.alloys import QUICK, alloys, gap_model, painn, potential, same_bits, weights_of, without
 from transfermium.calibrate import judge_choice, narrowest
 from transfermium.errors import InputError
+from transfermium.evaluate import printable
 from transfermium.graph import to_graph
 from transfermium.model import read_tensors, write_tensors
 from transfermium.uncertainty import (
@@ -176,7 +177,10 @@ class TestTraining:
 
     def test_each_fold_is_judged_by_the_checkpoint_that_the_others_choose(self):
         """Against all checkpoints of a run, kept by hand."""
+        torch.manual_seed(1)
         valid = alloys(24, seed=3)
+        for atoms in valid[:12]:  # they choose otherwise than the rest
+            atoms.calc.results["forces"] = -atoms.calc.results["forces"]
         labelled = tm.data.Labelled(valid, tm.data.resolve(valid, [], optional=["energy", "forces", "stress"]))
         objective = tm.Potential(energy=1.0, forces=1.0, stress=0.0, rounding={})
         model = tm.Model(painn(), objective.outputs(8))
@@ -317,6 +321,21 @@ class TestPrediction:
             assert not {"energy_low90", "energy_high90", "forces_error90", "far", "training_distance"} & set(atoms.info)
         again = tm.predict(potential(), first[:1], verbose=False)[0]
         assert again.info["gap_low90"] == 1.0 and again.info["energy_lowest"] == 2.0
+
+    def test_how_many_labels_they_hold(self, capsys):
+        structures = alloys(40, seed=9)
+        wide, narrow = (tm.evaluate(calibrated(), structures, interval=level) for level in (0.9, 0.3))
+        for name in ("energy_per_atom", "forces", "stress"):
+            assert 0.75 <= wide[name]["coverage"] <= 1 and narrow[name]["coverage"] < 0.7
+        assert "coverage" in printable(wide)[0] and "90 % intervals" in " ".join(capsys.readouterr().err.split())
+        assert "coverage" not in tm.evaluate(calibrated(), structures, verbose=False)["forces"]
+        predicted = tm.predict(calibrated(), structures, interval=0.9, verbose=False)
+        lengths = [
+            np.linalg.norm(a.get_forces() - b.get_forces(), axis=1) for a, b in zip(predicted, structures, strict=True)
+        ]
+        held = [np.quantile(e, 0.9) <= a.info["forces_error90"] for e, a in zip(lengths, predicted, strict=True)]
+        assert wide["forces"]["coverage"] == pytest.approx(np.mean(held))
+        assert "coverage" not in tm.evaluate(gap_model(), alloys(5), interval=0.9, verbose=False)["gap"]
 
     def test_few_materials_are_said(self, capsys):
         model, valid = copy_of(calibrated()), alloys(30, seed=5)

@@ -473,6 +473,8 @@ def _evaluate_parser() -> Parser:
     parser = _model_parser()
     parser.add_argument("--split-key", type=str, default=None, help="only the test set: KEY, or KEY=VALUE, of training")
     _label_arguments(parser)
+    help = "also say which share of labels lies within intervals of this probability, where the model knows its errors"
+    parser.add_argument("--interval", type=float, default=None, help=help)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 

@@ -30,13 +30,13 @@ from .dataset import subtractable
 from .errors import InputError
 from .graph import to_batch, to_graph
 from .heads import EnergyHead
-from .model import Model, check_file, load, rebuilt, write_whole
+from .model import Model, check_file, load, rebuilt, stored_as, write_whole
 from .objectives import Objective, Together
 from .objectives.base import label as as_label
 from .objectives.mask import Removal
 from .run import fingerprint
 from .train import chosen_device, evaluate_loss, in_parts
-from .uncertainty import OF_ATOMS, Uncertainty, percent, why_not
+from .uncertainty import OF_ATOMS, Uncertainty, of_atoms, percent, why_not
 from .unseen import WITHOUT
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ def evaluate(
     edges: int = 10_000,
     device: str = "auto",
     seed: int = 0,
+    interval: float | None = None,
     verbose: bool = True,
 ) -> dict[str, Any]:
     """Errors of a model on every structure that has labels for what it predicts.
@@ -66,6 +67,8 @@ def evaluate(
     Args:
         part: which part of a model that learned several objectives, each with its own energy.
         split_key: only the test structures that this key names, as in training: "split", or "test_fold=0".
+        interval: a probability, such as 0.9; quantities that have intervals (see `predict`) then have "coverage", the
+            share of structures whose label lies within.
 
     Returns:
         `{"n": structures, quantity: {"mae", "rmse", "r2", "n", "unit", "per_element"}}`, in eV/atom
@@ -113,7 +116,38 @@ def evaluate(
     model = model.to(chosen_device(device)).eval()
     pairs = compared(model, objective, labelled, edges, seed, quiet=not verbose)
     found = scores(model, objective, pairs, [atoms.numbers for atoms in given])
+    if interval is not None:
+        cheap = {minus for _, minus in objective.differences().values()}  # what predictions are added to
+        label, unit = ({k: v for k, v in one.items() if k in cheap} for one in (label, unit))
+        predicting = {"label": label, "unit": unit, "edges": edges, "device": device, "verbose": verbose}
+        for name, share in _coverage(model, given, labels, interval, predicting).items():
+            found.get("energy_per_atom" if name == "energy" else name, {})["coverage"] = share
     return {"n": len(labelled), **(found if pairs else _losses(model, objective, labelled, edges, seed))}
+
+
+def _coverage(
+    model: Model, given: Sequence[ase.Atoms], labels: Labels, level: float, predicting: Mapping[str, Any]
+) -> dict[str, float]:
+    """Shares of structures whose labels lie within the intervals of a level, by quantity."""
+    predicted = predict(model, given, interval=level, allow_unseen=True, **predicting)
+    quantities = {entry.quantity: entry for entry in labels.entries}
+    found: dict[str, list[bool]] = {}
+    for atoms, result in zip(given, predicted, strict=True):
+        for name, entry in quantities.items():
+            low, high, bound = (result.info.get(f"{name}_{end}{percent(level)}") for end in ENDS)
+            value = None if low is bound is None else entry.value(atoms)
+            if value is None:
+                continue
+            if bound is None:
+                held = low <= value <= high
+            elif name == "stress":
+                held = np.abs(result.get_stress(voigt=False) - value).max() <= bound
+            else:
+                said = result.get_forces() if name == "forces" else result.arrays.get(name, result.info.get(name))
+                error = np.asarray(said) - np.asarray(value)
+                held = (of_atoms(error) if entry.per == "atom" else np.abs(error).max()) <= bound
+            found.setdefault(name, []).append(bool(held))
+    return {name: float(np.mean(own)) for name, own in found.items()}
 
 
 def _losses(
@@ -317,10 +351,11 @@ def printable(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         unit, factor = PRINTED.get(found.get("unit", ""), (found.get("unit", ""), 1.0))
         cells = {"quantity": name.replace("_", " "), "labels": str(found["n"])}
-        for measure in ("mae", "rmse", "r2", "accuracy", "roc_auc", "cross_entropy", "loss", "floor"):
+        for measure in ("mae", "rmse", "r2", "accuracy", "roc_auc", "cross_entropy", "loss", "floor", "coverage"):
             if measure in found:
                 scale = factor if measure in ("mae", "rmse") else 1.0
-                cells[measure.upper() if scale != 1.0 or "mae" in found else measure] = f"{found[measure] * scale:.4g}"
+                name = measure.upper() if measure in ("mae", "rmse", "r2") else measure
+                cells[name] = f"{found[measure] * scale:.4g}"
         rows.append({**cells, "unit": unit})
     return rows
 
@@ -424,11 +459,6 @@ def shared(
     mine = [list(in_parts(work, some, structures)) for some in own]
     everyones = distributed.gathered(mine)
     return (found for k in range(len(members)) for found in everyones[k % len(everyones)][k // len(everyones)])
-
-
-def stored_as(model: Model, name: str) -> str:
-    """The name under which an output is stored: the quantity it was trained on."""
-    return str(model.card.get("quantities", {}).get(name, [name])[0]).replace(" ", "_")
 
 
 def output_of(model: Model, quantity: str) -> str:

@@ -331,6 +331,11 @@ def described(thing: Any) -> dict[str, Any]:
     return {"class": type(thing).__name__, "arguments": {name: _plain(getattr(thing, name)) for name in names}}
 
 
+def stored_as(model: Model, name: str) -> str:
+    """The name under which an output is stored: the quantity it was trained on."""
+    return str(model.card.get("quantities", {}).get(name, [name])[0]).replace(" ", "_")
+
+
 def asked(thing: Any) -> dict[str, Any]:
     """The constructor arguments of an object that are not at their defaults."""
     usual = {name: one.default for name, one in inspect.signature(type(thing)).parameters.items()}

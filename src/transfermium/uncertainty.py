@@ -21,7 +21,7 @@ from .data.split import materials
 from .errors import InputError
 from .graph import AtomGraph, Batch
 from .heads import Head, TensorHead, is_extensive, pooled
-from .model import Gradient, Model, Output, Strain
+from .model import Gradient, Model, Output, Strain, stored_as
 from .objectives import Objective
 from .objectives.together import Parts
 
@@ -88,14 +88,18 @@ def scores(label: Judged, output: Tensor, target: Tensor, graph: AtomGraph) -> n
     difference = (output.detach().double() - target.double()).cpu()
     sizes = graph.atoms_per_system().cpu().numpy()
     if label.kind == "atoms":
-        lengths = torch.linalg.vector_norm(difference.flatten(1), dim=1) if difference.dim() > 1 else difference.abs()
-        each = np.split(lengths.numpy(), np.cumsum(sizes)[:-1])
-        known = [part[np.isfinite(part)] for part in each]
-        return np.array([np.quantile(part, OF_ATOMS) if len(part) else np.nan for part in known])
+        return np.array([of_atoms(part) for part in np.split(difference.numpy(), np.cumsum(sizes)[:-1])])
     found: np.ndarray = (
         difference.abs().flatten(1).amax(dim=1).numpy() if difference.dim() > 1 else difference.abs().numpy()
     )
     return found / np.maximum(sizes, 1) if label.kind == "sum" else found
+
+
+def of_atoms(errors: np.ndarray) -> float:
+    """The score of a structure from errors of its atoms, (n_atoms, ...): a quantile of their lengths."""
+    lengths = np.sqrt(np.square(errors.reshape(len(errors), -1)).sum(axis=1))
+    known = lengths[np.isfinite(lengths)]
+    return float(np.quantile(known, OF_ATOMS)) if len(known) else math.nan
 
 
 class CrossChoice:
@@ -299,7 +303,7 @@ class Uncertainty:
             intervals = {
                 name: Interval(
                     Judged(found["output"], found["kind"]),
-                    _stored_as(model, found["output"]),
+                    stored_as(model, found["output"]),
                     str(found["unit"]),
                     _ascending(kept[found["scores"]] / _scales(kept, found["scaled by"])),
                     found["scaled by"],
@@ -382,11 +386,6 @@ def scale(scaled: str, distance2: np.ndarray, said: np.ndarray | None = None) ->
         assert said is not None
         return np.maximum(said, 1e-12)
     return np.ones(len(distance2))
-
-
-def _stored_as(model: Model, output: str) -> str:
-    """The name under which predictions are stored: what the output means."""
-    return str(model.card.get("quantities", {}).get(output, [output])[0]).replace(" ", "_")
 
 
 def _scales(kept: Mapping[str, np.ndarray], scaled: str) -> np.ndarray | float:

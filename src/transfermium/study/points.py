@@ -19,8 +19,8 @@ from ..data.columns import count_elements
 from ..data.sequences import Subset
 from ..data.split import split
 from ..errors import InputError
-from ..evaluate import compared, stored_as, without_reference
-from ..model import Model, load
+from ..evaluate import compared, without_reference
+from ..model import Model, load, stored_as
 from ..objectives import Fidelities, Objective, Property
 from ..transfer import finetune, pretrain
 from ..unseen import WITHOUT
