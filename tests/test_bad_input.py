@@ -281,7 +281,9 @@ def structures() -> Iterator[Row]:
     yield judged("slab too small", "1e-08 Å.2, too small", cell="1e-4 0 0 0 1e-4 0 0 0 9", pbc="T T F")
     yield judged("wire too short", "1e-06 Å, too small", cell="1e-6 0 0 0 9 0 0 0 9", pbc="T F F")
     yield judged("flat cell", "too small|volume", cell="4 0 0 0 4 0 4 4 1e-6")
-    yield judged("two atoms in one", r"bad\.extxyz: structure \d+: .*two atoms at the same place", "Cu 0 0 0", "Cu 0 0 0")
+    yield judged(
+        "two atoms in one", r"bad\.extxyz: structure \d+: .*two atoms at the same place", "Cu 0 0 0", "Cu 0 0 0"
+    )
 
 
 def labels() -> Iterator[Row]:

@@ -31,7 +31,7 @@ from transfermium.doctor import doctor, duplicates, yardstick
 from transfermium.doctor.base import Case
 from transfermium.doctor.duplicates import copies
 from transfermium.doctor.pairs import similar, slope
-from transfermium.report.doctor import show
+from transfermium.report.doctor import show, verdict
 
 SOUND = {  # sets that are sound, and how many of their structures are looked at here
     "md17_ethanol/all": 100,
@@ -132,6 +132,19 @@ class TestSpoiled:
             atoms.positions[0] -= 20
         assert doctor(structures)["exploded"].structures == (0, 2, 4, 6)
 
+    def test_atoms_at_the_border_of_a_forgotten_cell_are_not_alone(self) -> None:
+        atoms = bulk("Cu", cubic=True) * (2, 2, 2)
+        atoms = atoms[(np.linalg.norm(atoms.positions, axis=1) > 4) | (np.arange(32) == 0)]
+        atoms.pbc = False
+        assert [one.kind for one in doctor([atoms]).findings] == ["pbc-lost"]
+
+    @pytest.mark.parametrize("name", ["gap", "energy"])
+    def test_one_placeholder_is_enough(self, name: str) -> None:
+        structures = rattled(30)
+        (structures[4].calc.results if name == "energy" else structures[4].info)[name] = -999.0
+        diagnosis = doctor(structures)
+        assert diagnosis[f"placeholder-{name}"].structures == (4,) and len(diagnosis.findings) == 1
+
     def test_nearly_empty_cells_are_told(self) -> None:
         structures = [Atoms("CO2", [[0, 0, 0], [0, 0, 1.2], [0, 0, -1.2]], cell=[40] * 3, pbc=True) for _ in range(3)]
         assert doctor(structures)["cell-empty"].structures == (0, 1, 2)
@@ -147,6 +160,25 @@ class TestSpoiled:
         assert "xz yz xy" in finding.title
         assert "energies of sheared cells" in finding.evidence[0]
 
+    def test_the_order_of_shear_components_is_told_of_groups(
+        self, public_data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of germanium it is another in all frames but those that were strained on purpose."""
+        monkeypatch.setattr(yardstick, "MOST_ATOMS", 2_000)
+        structures = some_of(public_data, "mlearn/Ge_train", 228)
+        moving = [i for i, atoms in enumerate(structures) if atoms.info["group"] in ("Vacancy", "AIMD-NVT")]
+        finding = doctor(structures)["stress-order"]
+        assert list(finding.structures) == moving and "['stress-order'].structures" in finding.fix
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_the_unit_of_a_stress_shows_in_its_size(self, sign: int, public_data: Path) -> None:
+        """Where shear components in another order, and what little else there is, follow no potential."""
+        structures = some_of(public_data, "mlearn/Ge_train", 60)
+        for atoms in structures:
+            atoms.calc.results["stress"] = atoms.calc.results["stress"] * sign * 1602.18
+        diagnosis = doctor(structures)
+        assert "kbar" in diagnosis["stress-unit"].title and kinds(diagnosis, "warning") == []
+
     def test_large_forces_are_a_warning(self, public_data: Path) -> None:
         structures = some_of(public_data, "mad_pbesol_1000/all", 120)
         finding = doctor(structures)["forces-large"]
@@ -160,6 +192,63 @@ class TestSpoiled:
     def test_absurd_stresses_are_a_warning(self, public_data: Path) -> None:
         diagnosis = doctor(some_of(public_data, "mattersim_benchmarks/mptrj-highest-stress-1k", 300))
         assert diagnosis["stress-absurd"].severity == "warning"
+
+
+class TestMixtures:
+    """Halves of a set that are not alike."""
+
+    @pytest.mark.parametrize(
+        ("spoil", "kind", "words"),
+        [
+            ({"energy": lambda e: e / 27.2114}, "energy-mixed-units", "in hartree"),
+            ({"energy": lambda e: e * 23.0605}, "energy-mixed-units", "in kcal/mol"),
+            ({"energy": lambda e: e / 32}, "energy-mixed-units", "per atom"),
+            ({"energy": lambda e: e + 60}, "energy-mixed-zero", "of another zero"),
+            ({"forces": lambda f: -f}, "forces-mixed-sign", "gradients"),
+            ({"forces": lambda f: f / 51.422}, "forces-mixed-units", "in hartree/bohr"),
+            ({"forces": lambda f: -f * 1000}, "forces-mixed-units", "gradients in meV/Å"),
+        ],
+    )
+    def test_a_half_is_told_and_mended(
+        self, spoil: dict[str, Callable[[Any], Any]], kind: str, words: str, frames: list[Atoms]
+    ) -> None:
+        structures = copied(frames)
+        for atoms in structures[10:]:
+            for name, change in spoil.items():
+                atoms.calc.results[name] = change(atoms.calc.results[name])
+        data = saved(structures)
+        diagnosis = doctor(data)
+        assert kinds(diagnosis) == [kind] and words in diagnosis[kind].title
+        if kind != "energy-mixed-zero":  # of which no half is the right one
+            assert diagnosis[kind].structures == tuple(range(10, 20))
+        run(diagnosis[kind].fix)
+        assert kinds(doctor("repaired")) == []
+
+    def test_what_geometry_or_information_explains_is_sound(self, frames: list[Atoms]) -> None:
+        hot = cells("Cu", 10, 0.25)
+        for atoms in hot:
+            atoms.calc.results["energy"] -= 100 * len(atoms)
+        assert kinds(doctor([*frames[:10], *hot])) == []
+        charged = copied(frames)
+        for index, atoms in enumerate(charged):
+            atoms.info["charge"] = index // 10
+            atoms.calc.results["energy"] += 60 * (index // 10)
+        assert kinds(doctor(charged)) == []
+
+    def test_a_unit_holds_for_nearly_all_pairs(self) -> None:
+        work = np.linspace(0.1, 1, 50)
+        change = np.where(np.arange(50) % 5 < 3, work / 27.2, work)
+        mixed, whole = slope(change, work), slope(work / 27.2, work)
+        assert mixed is not None and whole is not None and whole.holds and not mixed.holds
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Atoms]:
+    """Rattled copper, of which energies are totals."""
+    structures = cells("Cu", 20, 0.05)
+    for atoms in structures:
+        atoms.calc.results["energy"] -= 100 * len(atoms)
+    return structures
 
 
 def rattled(n: int = 40) -> list[Atoms]:
@@ -183,6 +272,10 @@ def fractional(atoms: Atoms) -> None:
 def in_pm(atoms: Atoms) -> None:
     atoms.set_cell(100 * atoms.cell.array)
     atoms.positions *= 100
+
+
+def without_pbc(atoms: Atoms) -> None:
+    atoms.pbc = False
 
 
 def saved(structures: list[Atoms], name: str = "data.extxyz") -> str:
@@ -236,14 +329,16 @@ class TestFixes:
         for kind in told:
             run(doctor(data)[kind].fix)
 
-    @pytest.mark.parametrize("spoil", [fractional, in_pm])
-    def test_other_lengths_are_mended_and_labels_stay(self, spoil: Callable[[Atoms], None]) -> None:
+    @pytest.mark.parametrize(
+        ("spoil", "kind"), [(fractional, "length-unit"), (in_pm, "length-unit"), (without_pbc, "pbc-lost")]
+    )
+    def test_geometry_is_mended_and_labels_stay(self, spoil: Callable[[Atoms], None], kind: str) -> None:
         structures = cells("Cu", 4, 0.05)
         spoiled = copied(structures)
         for atoms in spoiled:
             spoil(atoms)
             atoms.calc.atoms = atoms.copy()
-        run(doctor(saved(spoiled))["length-unit"].fix)
+        run(doctor(saved(spoiled))[kind].fix)
         for mended, atoms in zip(tm.read("repaired"), structures, strict=True):
             assert mended.get_volume() == pytest.approx(atoms.get_volume(), rel=1e-6)
             assert mended.get_distance(0, 1, mic=True) == pytest.approx(atoms.get_distance(0, 1, mic=True), abs=1e-5)
@@ -534,6 +629,11 @@ class TestCommand:
         (finding,) = json.loads(printed.out)["findings"]
         assert finding["severity"] == "error" and finding["structures"] == [4]
 
+    def test_a_page_needs_a_folder(self) -> None:
+        data = saved(rattled(2))
+        with pytest.raises(tm.InputError, match="is a file: choose a folder"):
+            doctor(data, out=data)
+
     def test_bad_input_exits_with_two(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             cli.main(["doctor", "nothing.extxyz"])
@@ -552,6 +652,11 @@ class TestCommand:
         text = io.StringIO()
         show(diagnosis.to_json(), diagnosis.labels, Console(file=text, width=200))
         assert evil in text.getvalue() and steering not in text.getvalue()
+
+
+def test_one_is_singular() -> None:
+    content = {"findings": [], "structures": 2, "atoms": 2, "elements": 1, "seconds": 0}
+    assert verdict(content) == "nothing wrong in 2 structures, 2 atoms of 1 element (0.0 s)"
 
 
 def test_every_number_of_a_large_finding_is_in_the_json() -> None:

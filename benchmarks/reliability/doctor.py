@@ -16,12 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase import Atoms
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import transfermium as tm  # noqa: E402
-from benchmarks.reliability.corruptions import CORRUPTIONS, copied, found  # noqa: E402
+from benchmarks.reliability.corruptions import (  # noqa: E402
+    CORRUPTIONS,
+    EF,
+    HA,
+    Corruption,
+    copied,
+    each,
+    energy,
+    found,
+    set_energy,
+)
 
 RESULTS = Path(__file__).with_suffix(".json")
 SETS = {  # and of how many of their structures
@@ -33,6 +44,18 @@ SETS = {  # and of how many of their structures
     "botnet_molecules/3bpa_train_300K": 200,
     "water_pbe0ts/train": 60,
 }
+
+
+def opposite(atoms: Atoms, _: int) -> None:
+    atoms.calc.results["forces"] = -atoms.calc.results["forces"]
+
+
+HALVES = (  # of which neither is the rule
+    Corruption(
+        "every second energy in hartree", each(set_energy(lambda a: energy(a) / HA), 2), "energy-mixed-units", "hartree"
+    ),
+    Corruption("every second forces are gradients", each(opposite, 2), "forces-mixed-sign", "gradients", EF),
+)
 TIMED = ("mpf-TP", "mpf-alkali-TP", "mptrj-random-1k", "alexandria-random-1k", "random-TP", "mptrj-highest-stress-1k")
 
 
@@ -64,7 +87,7 @@ def spoiled(file: Path, n: int) -> dict[str, Any]:
     has = set(structures[0].calc.results)
     before = {(one.kind, one.cause) for one in tm.doctor(structures).findings}
     rows: dict[str, Any] = {}
-    for corruption in CORRUPTIONS:
+    for corruption in (*CORRUPTIONS, *HALVES):
         if not set(corruption.needs) <= has:
             continue
         told = tm.doctor(corruption.spoil(copied(structures))).findings

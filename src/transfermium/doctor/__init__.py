@@ -97,6 +97,8 @@ def doctor(
         raise InputError(
             f"shortest is {shortest}, but must lie between 0 and 1: a fraction of the sum of covalent radii"
         )
+    if out is not None and Path(out).is_file():
+        raise InputError(f"{out} is a file: choose a folder for the page")
     start = time.perf_counter()
     given = read(structures)
     reading = time.perf_counter() - start

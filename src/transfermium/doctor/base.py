@@ -29,6 +29,7 @@ DENSEST, LOOSEST = 1.0, 35.0  # Å³ for an atom, in any matter, and in what is 
 SMALL = 1.25  # Å, covalent radius
 NOBLE = [2, 10, 18, 36, 54, 86]  # elements that have no bonds
 NO_LABELS = {*IDS, "id", "index", "file", "spacegroup", "charge", "spin", "ionic_step", "config_weight", "total_charge"}
+STATES = ("charge", "total_charge", "spin", "total_spin", "level", "functional", "xc", "config_type")  # in info
 CENTRES = np.linspace(0.8, 3.8, 6)  # Å, of the bells that distances fall under
 
 
@@ -88,6 +89,7 @@ class Case:
         self.keys = available(self.atoms)
         self.unreadable: dict[str, dict[int, str]] = {}
         self.kept: dict[Any, Any] = {}  # what several checks need
+        self.told: dict[str, set[int]] = {}  # structures whose label was found to be unlike the others'
         self.labels = Labels(tuple(entry for name in self._names() if (entry := self._resolved(name)) is not None))
 
     def __len__(self) -> int:
@@ -168,6 +170,10 @@ class Case:
         """A label of each structure, None where it has none."""
         bad = self.unreadable.get(entry.quantity, {})
         return [None if i in bad else entry.value(atoms, f"structure {i}") for i, atoms in enumerate(self.atoms)]
+
+    def untold(self, indices: np.ndarray, *quantities: str) -> np.ndarray:
+        """These structures, without those whose label is known to be unlike the others'."""
+        return np.setdiff1d(indices, [i for name in quantities for i in self.told.get(name, ())])
 
     def info(self, *names: str) -> list[Any]:
         """What each structure has in `info` under the first of these names that it has."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import duplicates, energies, forces, geometry, labels, leakage, levels, stresses, units
+from . import duplicates, energies, forces, geometry, labels, leakage, levels, mixtures, stresses, units
 from .base import Case, Finding
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     labels.check,
     geometry.check,
+    mixtures.check,
     units.check,
     energies.check,
     forces.check,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.columns import is_missing
 from ..errors import InputError
-from .base import CENTRES, Around, Case, Finding, counted, some, unused
+from .base import CENTRES, STATES, Around, Case, Finding, counted, some, unused
 
 SAME, NEAR = 3e-4, 5e-3  # of what atoms see of their neighbours, relative: rounded positions, and about 0.003 Å
 MOST_CANDIDATES = 20_000  # pairs that are looked at closely, the most alike ones
@@ -149,17 +149,14 @@ def _groups(n: int, pairs: np.ndarray) -> list[list[int]]:
 
 
 def _conflicts(case: Case, groups: Sequence[Sequence[int]]) -> Iterator[Finding]:
-    told = [
-        (case.info(name), name)
-        for name in ("charge", "total_charge", "spin", "total_spin", "level", "functional", "xc", "config_type")
-    ]
+    told = [case.info(name) for name in STATES]
     bad: list[int] = []
     worst = 0.0
     per_atom = case.per_atom(case.energy)
     for group in groups:
         known = [i for i in group if np.isfinite(per_atom[i])]
         if len(known) < 2 or any(
-            len({str(values[i]) for i in known if not is_missing(values[i])}) > 1 for values, _ in told
+            len({str(values[i]) for i in known if not is_missing(values[i])}) > 1 for values in told
         ):
             continue
         spread = float(np.ptp(per_atom[known]))

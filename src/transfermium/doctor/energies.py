@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 
 from ..data.labels import ENERGIES
 from .base import Case, Finding, counted, some, unused
+from .mixtures import OTHER_UNITS
 from .pairs import similar, slope
 
 EXPLAINED = 0.35  # of the variance by composition: less is what energies of other structures have
@@ -16,13 +17,12 @@ FAR = 6.0  # robust standard deviations, beyond which an energy is not like the 
 LEAST = 0.05  # eV/atom, likewise
 ABSURD = 25.0  # eV/atom from what the composition tells
 HARD, HOT = 0.2, 2.0  # eV/Å³ and eV/Å
-OTHER_UNITS = ("hartree", "rydberg", "kcal/mol", "kJ/mol", "meV")
 MOST_SHARE = 0.35  # of energies that can be unlike the others
 
 
 def check(case: Case) -> Iterator[Finding]:
     """Energies beside what compositions tell."""
-    known = np.flatnonzero(np.isfinite(case.energy) & (case.n_atoms > 1))
+    known = case.untold(np.flatnonzero(np.isfinite(case.energy) & (case.n_atoms > 1)), "energy")
     if len(known) < 10:
         return
     shares = case.composition[known] / case.n_atoms[known, None]
@@ -144,7 +144,7 @@ def _elsewhere(case: Case, known: np.ndarray) -> Iterator[Finding]:
         and np.std(case.energy[known] / n[:, 0]) > 0.3
     ):
         evidence.append(f"compositions explain {max(explained, 0):.0%} of their variance")
-    pairs = similar(case, case.everything)
+    pairs = similar(case, case.untold(case.everything, "energy", "forces"))
     near = pairs.only(pairs.distance + 5 * pairs.strain < 0.1)
     found = slope(near.change, near.by_forces + np.nan_to_num(near.by_stress))
     if found and found.n >= 20:

@@ -46,7 +46,8 @@ def check(case: Case) -> Iterator[Finding]:
             some(close),
             (f"the shortest: {symbols} at {contacts.distance[worst]:.3f} Å in structure {worst}",),
         )
-    alone = np.flatnonzero(contacts.alone)
+    lost = case.forgotten if case.forgotten.mean() > 0.5 else False  # neighbours across the border, in all of them
+    alone = np.flatnonzero(contacts.alone & ~np.asarray(lost))
     if len(alone) and not wrong:
         yield Finding(
             "exploded",

@@ -18,6 +18,7 @@ CONVERGED = (
     "converged_electronic",
     "scf_convergence",
 )
+LARGE_SENTINEL = 500  # which says enough even where it is there once
 SENTINELS = (-1.0, -99.0, -999.0, -9999.0, 99.0, 999.0, 9999.0, 99999.0, 1e10)
 NO = {"false", "f", "no", "0", "0.0", "n", "unconverged", "not converged", "failed"}
 
@@ -30,7 +31,7 @@ def check(case: Case) -> Iterator[Finding]:
         yield from _missing(case, entry)
         yield from _constant(case, entry)
         yield from _ambiguous(case, entry)
-        if entry.quantity not in KEYS and entry.per == "structure" and not entry.shape and not entry.classes:
+        if entry.per == "structure" and not entry.shape and not entry.classes:
             yield from _absurd(case, entry)
     lone = [
         i
@@ -162,7 +163,8 @@ def _absurd(case: Case, entry: Label) -> Iterator[Finding]:
         hits = np.flatnonzero(values == sentinel)
         others = known[known != sentinel]
         reach = np.abs(others - middle).max(initial=0.0)
-        if len(hits) >= 2 and abs(sentinel - np.median(others)) > 1.5 * reach:
+        least = 1 if abs(sentinel) > LARGE_SENTINEL else 2
+        if len(hits) >= least and abs(sentinel - np.median(others)) > 1.5 * reach:
             kind = f"placeholder-{entry.quantity}"
             yield Finding(
                 kind,
@@ -172,7 +174,10 @@ def _absurd(case: Case, entry: Label) -> Iterator[Finding]:
                 case.drop(kind),
                 some(hits),
             )
+            case.told.setdefault(entry.quantity, set()).update(hits.tolist())
             return
+    if entry.quantity == "energy":
+        return  # how far it may be depends on the composition
     far = np.flatnonzero(np.abs(values - middle) > 15 * max(high - middle, middle - low, 1e-12))
     if len(far):
         kind = f"outliers-{entry.quantity}"

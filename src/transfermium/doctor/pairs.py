@@ -157,12 +157,19 @@ class Slope(NamedTuple):
         spread: of ln |ratio|, half of the middle 68 %.
         agreement: the share of the work in pairs whose ratio is within a third of `value`.
         n: pairs.
+        right: the share of the work in pairs whose ratio is within a third of one.
     """
 
     value: float
     spread: float
     agreement: float
     n: int
+    right: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether enough pairs agree, and none of the others are as they should be, as in mixtures."""
+        return self.agreement > 0.4 and (self.right < 0.1 or abs(np.log(abs(self.value))) < np.log(2))
 
 
 def slope(change: np.ndarray, work: np.ndarray) -> Slope | None:
@@ -180,4 +187,5 @@ def slope(change: np.ndarray, work: np.ndarray) -> Slope | None:
     share = np.cumsum(held[order]) / held.sum()
     low, middle, high = (float(logs[order][np.searchsorted(share, q)]) for q in (0.16, 0.5, 0.84))
     agree = held[np.abs(logs - middle) < np.log(4 / 3)].sum() / weight.sum()
-    return Slope(float(sign * np.exp(middle)), (high - low) / 2, float(agree), int(known.sum()))
+    right = weight[np.abs(ratio - 1) < 1 / 3].sum() / weight.sum()
+    return Slope(float(sign * np.exp(middle)), (high - low) / 2, float(agree), int(known.sum()), float(right))

@@ -25,6 +25,7 @@ MANY_ELEMENTS = 10  # whose compounds differ by energies of bonds, which no pote
 CERTAIN = 6.0  # natural logarithm of how much better a mistake explains the clues than none
 CLOSE = 2.0  # below which another mistake is named too
 SILENT = 4.0  # a measurement that makes no sense under one kind, and does under another
+HUGE = 30.0  # times as large as a potential says, which no compression makes of a stress
 WORST = 16.0  # that one clue can count: any clue can be wrong
 
 # Energies of atoms in hartree: of all electrons (Hartree-Fock), of valence electrons (sums of ionization energies)
@@ -118,6 +119,7 @@ class Clue(NamedTuple):
         kinds: of energy and stress, under which it was measured; "" for any.
         words: how.
         source: clues of one source are the same measurement, made under each kind.
+        signed: whether the sign of the value is known.
     """
 
     powers: tuple[int, int, int]
@@ -126,6 +128,7 @@ class Clue(NamedTuple):
     kinds: tuple[str, str]
     words: str
     source: str = ""
+    signed: bool = True
 
 
 FAMILIES = {"hartree": 3.0, "kcal/mol": 3.3, "rydberg": 4.3, "kJ/mol": 4.3, "meV": 4.0}
@@ -135,6 +138,7 @@ PER_ATOM, SIGN, BOHR, VIRIAL = ("per atom", 3.0), ("sign", 3.0), ("bohr", 4.5), 
 def check(case: Case) -> Iterator[Finding]:
     """Units and signs, of each source by itself."""
     for name, indices in parts(case.structures, case.sources):
+        indices = case.untold(indices, "energy", "forces")
         if len(indices) >= LEAST_STRUCTURES:
             yield from _of_part(case, name, indices)
 
@@ -209,7 +213,7 @@ def _score(one: tuple[Mistake, Mistake, Mistake], clues: list[Clue]) -> float:
             continue
         told.add(clue.source)
         expected = math.prod(mistake.size**power for mistake, power in zip(one, clue.powers, strict=True))
-        lost = WORST if expected * clue.value < 0 else 0.0
+        lost = WORST if clue.signed and expected * clue.value < 0 else 0.0
         if math.isfinite(clue.error):
             lost += (math.log(abs(clue.value / expected)) / clue.error) ** 2 / 2
         total -= min(lost, WORST)
@@ -238,7 +242,7 @@ def _from_pairs(case: Case, indices: np.ndarray, pairs: Pairs) -> Iterator[Clue]
             among = [still, still & (pairs.distance < 0.08)]
             fits = [(slope(change[some], pairs.by_forces[some]), some) for some in among]
             found, chosen = max(fits, key=lambda fit: fit[0].agreement if fit[0] else 0)
-            if found and found.agreement > 0.4:
+            if found and found.holds:
                 words = (
                     f"between {found.n} pairs of similar structures the energy changes by {found.value:.4g} times the "
                     "work of the forces"
@@ -253,7 +257,7 @@ def _from_pairs(case: Case, indices: np.ndarray, pairs: Pairs) -> Iterator[Clue]
     for kind, change in _kinds(case, pairs):
         for what, work in (("stress", pairs.by_stress), ("virial", pairs.by_stress / case.volume[pairs.a])):
             found = slope(change[strained], work[strained])
-            if found and found.agreement > 0.4:
+            if found and found.holds:
                 words = (
                     f"between {found.n} strained pairs the energy changes by {found.value:.4g} times the {what}'s work"
                 )
@@ -292,6 +296,9 @@ def _from_yardstick(case: Case, found: yardstick.Beside | None) -> Iterator[Clue
             words = f"as a {kind} the labels are {one.slope:.3g} times the stress of {name} (correlation {one.r:.2f})"
             yield Clue((0, 0, 1), one.slope, 0.6, ("", kind), words, "stress")
             logs[kind] = one.r
+        elif one and abs(one.slope) > HUGE:
+            words = f"as a {kind} the labels are {abs(one.slope):.3g} times as large as the stress of {name}"
+            yield Clue((0, 0, 1), abs(one.slope), 1.0, ("", kind), words, "stress", signed=False)
     if len(logs) == 2 and np.nanstd(np.log(volume)) > 0.3:
         difference = abs(logs["stress"]) - abs(logs["virial"])
         for kind, worse in (("stress", -difference), ("virial", difference)):

@@ -36,16 +36,16 @@ class Beside(NamedTuple):
     stress: tuple[np.ndarray, np.ndarray]
 
 
-def beside(case: Case, indices: np.ndarray) -> Beside | None:
-    """Predictions for at most `MOST_STRUCTURES` of these structures; None where there is nothing to compare."""
-    key = ("yardstick", indices.tobytes())
+def beside(case: Case, indices: np.ndarray, every: bool = False) -> Beside | None:
+    """Predictions for some or every one of these structures; None where there is nothing to compare."""
+    key = ("yardstick", indices.tobytes(), every)
     if key not in case.kept:
-        case.kept[key] = _beside(case, indices)
+        case.kept[key] = _beside(case, indices, every)
     found: Beside | None = case.kept[key]
     return found
 
 
-def _beside(case: Case, indices: np.ndarray) -> Beside | None:
+def _beside(case: Case, indices: np.ndarray, every: bool) -> Beside | None:
     model = case.yardstick
     if model is None:
         return None
@@ -63,7 +63,7 @@ def _beside(case: Case, indices: np.ndarray) -> Beside | None:
         order[np.argsort(case.n_atoms[order] > np.median(case.n_atoms[order]), kind="stable")] if len(order) else order
     )
     within = np.cumsum(case.n_atoms[order]) <= max(MOST_ATOMS, case.n_atoms[order[0]] if len(order) else 0)
-    chosen = np.sort(order[within][:MOST_STRUCTURES])
+    chosen = np.sort(order if every else order[within][:MOST_STRUCTURES])
     if not len(chosen):
         return None
     bare = [case.atoms[i].copy() for i in chosen]

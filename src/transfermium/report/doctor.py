@@ -68,8 +68,9 @@ def verdict(content: Content) -> str:
     """Everything in one sentence."""
     counts = {name: sum(one["severity"] == name for one in content["findings"]) for name in COLOURS}
     found = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n) or "nothing wrong"
-    size = f"{content['structures']:,} structures, {content['atoms']:,} atoms of {content['elements']} elements"
-    return f"{found} in {size} ({content['seconds']:.1f} s)"
+    names = ("structure", "atom", "element")
+    sizes = [f"{content[f'{what}s']:,} {what}{'' if content[f'{what}s'] == 1 else 's'}" for what in names]
+    return f"{found} in {sizes[0]}, {sizes[1]} of {sizes[2]} ({content['seconds']:.1f} s)"
 
 
 def listed(indices: Sequence[int]) -> str:
