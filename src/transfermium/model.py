@@ -95,7 +95,7 @@ class Model(nn.Module):
         if "vectors" in needs and "vectors" not in backbone.laws:
             turns = "rotation" in backbone.laws
             radius = backbone.edges.radius
-            self.bond_vectors = BondVectors(backbone.width, radius) if turns else FreeVectors(backbone.width)
+            self.bond_vectors = (BondVectors if turns else FreeVectors)(backbone.width, radius)
 
     @property
     def outputs(self) -> dict[str, Output]:
@@ -540,17 +540,20 @@ class BondVectors(nn.Module):
         return (at.basis @ self.filter.weight[:, :-1].mT + self.filter.weight[:, -1]) * at.envelope
 
 
-class FreeVectors(nn.Module):
-    """Vectors for backbones that obey no rotation, decoded from their scalars: (n_atoms, 3, width)."""
+class FreeVectors(BondVectors):
+    """Vectors for backbones that obey no rotation, (n_atoms, 3, width): decoded from their scalars, and along bonds.
 
-    def __init__(self, width: int):
-        super().__init__()
+    What is decoded can be anything, but is slow to learn: for long, nothing is the best that it can say.
+    """
+
+    def __init__(self, width: int, cutoff: float):
+        super().__init__(width, cutoff)
         self.width = width
         self.decode = mlp(width, width, 3 * width)
 
     def forward(self, features: Features, graph: AtomGraph) -> Tensor:
         decoded: Tensor = self.decode(features.scalars)
-        return decoded.unflatten(1, (3, self.width))
+        return super().forward(features, graph) + decoded.unflatten(1, (3, self.width))
 
 
 BOND_VECTORS = EdgeFormula(
