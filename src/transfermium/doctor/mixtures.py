@@ -18,6 +18,7 @@ GAP = 5.0  # between the two, in standard deviations of either
 UNEXPLAINED = 3.0  # times what a potential says that they differ and scatter by
 SERIOUS = 1.0  # eV/atom, more than states of electrons and heat make
 OTHER_UNITS = ("hartree", "rydberg", "kcal/mol", "kJ/mol", "meV")
+SMALL = 0.1  # of the energies of others, are those relative to elements
 ALIKE = 0.02  # of energies that only their unit keeps apart
 LARGE_FORCE, FEW_ATOMS = 0.1, 5  # eV/Å; of fewer atoms all forces can be wrong at once
 LIKE, MOST = 0.5, 0.85  # correlation with a potential, and the share of structures that have it
@@ -62,7 +63,10 @@ def _energies(case: Case, indices: np.ndarray) -> Iterator[Finding]:
         return
     name, found = max(odd.items(), key=lambda item: len(item[1]))
     kind = "energy-mixed-units" if name else "energy-mixed-zero"
-    what = f"in {name}" if name and name != "per atom" else name or "of another zero"
+    rest = np.setdiff1d(known, found)
+    small = np.abs(np.median(case.energy[found])) < SMALL * np.abs(np.median(case.energy[rest]))
+    zero = "relative to elements or atoms" if small else "of another zero"
+    what = f"in {name}" if name and name != "per atom" else name or zero
     by = "len(atoms)" if name == "per atom" else f"{ENERGIES.get(name, 1.0):.9g}"
     yield Finding(
         kind,
@@ -89,15 +93,21 @@ def split(values: np.ndarray) -> np.ndarray | None:
 
 
 def _unit(case: Case, low: np.ndarray, high: np.ndarray) -> tuple[str, np.ndarray]:
-    """In which unit one side would be like the other, and that side; "" and the smaller side for none."""
+    """In which unit one side would be most like the other, and that side; "" and the smaller side for none."""
     factors = {"per atom": float(case.n_atoms[low[0]]), **{unit: ENERGIES[unit] for unit in OTHER_UNITS}}
+    found: list[tuple[float, str, np.ndarray]] = []
     for name, factor in factors.items():
         for side, other in ((low, high), (high, low)):
-            middle, energies = float(np.median(case.energy[side])) * factor, case.energy[other]
+            scaled, energies = case.energy[side] * factor, case.energy[other]
+            middle = float(np.median(energies))
             near = ALIKE * abs(middle)
-            if energies.min() - near < middle < energies.max() + near:
-                return name, side
-    return "", min(low, high, key=len)
+            of_a_size = np.ptp(energies) < abs(middle)  # energies around zero are like any number times small ones
+            if of_a_size and ((scaled > energies.min() - near) & (scaled < energies.max() + near)).all():
+                found.append((abs(float(np.median(scaled)) - middle), name, side))
+    if not found:
+        return "", min(low, high, key=len)
+    _, name, side = min(found, key=lambda one: one[0])
+    return name, side
 
 
 def _apart(case: Case, low: np.ndarray, high: np.ndarray) -> float:
