@@ -42,6 +42,15 @@ def test_nothing_is_told_of_what_is_short_or_silent(monkeypatch):
     assert ":" not in console.file.getvalue().replace("0:00:00", "")
 
 
+def test_what_has_no_end_is_counted(monkeypatch):
+    monkeypatch.setattr(bars, "FIRST", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with bars.Bars(console=console) as shown:
+        task = shown.add_task("packing", total=None)
+        shown.update(task, completed=1234)
+    assert "packing: 1,234\n" in console.file.getvalue()
+
+
 def test_brackets_stay_in_tables():
     console = Console(file=io.StringIO(), width=80)
     console.print(table("Gap [ev]", [{"of [Cu]": "[red]"}]))

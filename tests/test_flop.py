@@ -21,7 +21,7 @@ def test_numbers_of_operations(text, number):
     assert parse_flop(text) == pytest.approx(number, rel=1e-12)
 
 
-@pytest.mark.parametrize("flop", ["0TFLOP", "20", "-1GFLOP", "20 tons"])
+@pytest.mark.parametrize("flop", ["0TFLOP", "20", "-1GFLOP", "20 tons", "1e400FLOP"])
 def test_numbers_of_operations_that_are_none(flop):
     with pytest.raises(tm.InputError, match=f"'{flop}'"):
         tm.pretrain(alloys(4, seed=1), tm.Potential(), painn(), flop=flop, **LENGTH)
@@ -36,7 +36,7 @@ def test_a_run_takes_as_many_steps_as_its_operations_allow():
     few, _ = steps("0.2GFLOP")
     many, model = steps("0.8GFLOP")
     assert few > 2
-    assert many == pytest.approx(4 * few, abs=2)
+    assert 4 * few <= many < 4 * few + 4
     told = tm.pretrain(alloys(20, seed=1), tm.Potential(), painn(), steps=many, **LENGTH)
     assert same_bits(model.state_dict(), told.state_dict())
 

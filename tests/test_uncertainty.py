@@ -335,6 +335,12 @@ class TestPrediction:
         ]
         held = [np.quantile(e, 0.9) <= a.info["forces_error90"] for e, a in zip(lengths, predicted, strict=True)]
         assert wide["forces"]["coverage"] == pytest.approx(np.mean(held))
+        both = tm.Together({"one": tm.Potential(), "two": tm.Property("gap")})
+        data, valid = ({"one": alloys(8, seed=s), "two": alloys(30, seed=s + 1)} for s in (0, 5))
+        model = tm.pretrain(data, both, painn(), valid=valid, steps=2, **RUN)
+        assert 0 <= tm.evaluate(model, structures, interval=0.9, verbose=False)["gap"]["coverage"] <= 1
+        with pytest.raises(InputError, match="must be a probability"):
+            tm.evaluate(model, structures, interval=90, verbose=False)
         assert "coverage" not in tm.evaluate(gap_model(), alloys(5), interval=0.9, verbose=False)["gap"]
 
     def test_few_materials_are_said(self, capsys):

@@ -30,13 +30,14 @@ class Bars(Progress):
     def _speak(self, task_id: TaskID) -> None:
         now = monotonic()
         due = self.spoken + min(max(FIRST, (self.spoken - self.started) / 4), MOST)
-        if self.console.is_terminal or self.disable or now < due:
+        if self.console.is_terminal or self.console.is_jupyter or self.disable or now < due:
             return
         self.spoken = now
         task = next(task for task in self.tasks if task.id == task_id)
         note = f", {task.fields['note']}" if task.fields.get("note") else ""
         left = f", {_short(task.time_remaining)} left" if task.time_remaining else ""
-        self.console.print(f"{task.description}: {task.percentage:.0f} %{note}{left}", markup=False, soft_wrap=True)
+        done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:.0f} %"
+        self.console.print(f"{task.description}: {done}{note}{left}", markup=False, soft_wrap=True)
 
 
 def _short(seconds: float) -> str:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         values.pop("config", None)
         values.pop("debug", None)
         _check_teacher(values.get("teacher"), argv)
-        files = values.get("data") or []
+        files = [] if verb in ("bakeoff", "curve") else values.get("data") or []  # these also read others
         VERBS[verb](values)
     except Misuse as error:
         _trace(argv)
@@ -879,8 +879,12 @@ def _import_what_is_typed(argv: Sequence[str]) -> None:
     typed = chain(*(re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", word) for word in argv))
     jsonargparse.set_parsing_settings(
         import_path_denylist=["*"],
-        import_path_allowlist=["transfermium", *(path for path in typed if not path.startswith("jsonargparse"))],
+        import_path_allowlist=["transfermium", *filter(_is_own_path, typed)],
     )
+
+
+def _is_own_path(path: str) -> bool:
+    return all(map(str.isidentifier, path.split("."))) and not path.startswith("jsonargparse")
 
 
 def _config_of(argv: Sequence[str]) -> str | None:

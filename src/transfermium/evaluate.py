@@ -80,6 +80,7 @@ def evaluate(
     """
     distributed.join()
     model = (model if isinstance(model, Model) else load(model)).whole(part)
+    _check_level(interval)
     given = read(structures)
     if split_key is not None:
         name, _, value = split_key.partition("=")
@@ -91,7 +92,7 @@ def evaluate(
             console.print(f"{len(given)} test structures, as {split_key} says")
     objective = objective_of(model).comparable()
     if isinstance(objective, Together):
-        return _of_parts(model, objective, given, label, unit, edges, device, seed, verbose)
+        return _of_parts(model, objective, given, label, unit, edges, device, seed, interval, verbose)
     wanted = objective.labels()
     label, unit = _as_in_training(model, given, label or {}, unit or {}, verbose)
     some = len(wanted) > 1 and not objective.differences()
@@ -171,7 +172,7 @@ def _of_parts(
     *options: Any,
 ) -> dict[str, Any]:
     """Errors of each part whose labels the structures have."""
-    edges, device, seed, verbose = options
+    edges, device, seed, interval, verbose = options
     known = objective.comparable().labels()
     for name in {**(label or {}), **(unit or {})}:
         if name not in known:
@@ -184,7 +185,7 @@ def _of_parts(
         try:
             found = evaluate(
                 model.part(name), given, label=own[0], unit=own[1], edges=edges, device=device, seed=seed,
-                verbose=verbose,
+                interval=interval, verbose=verbose,
             )  # fmt: skip
         except InputError as error:
             if any(name in wanted for name in label or {}) or isinstance(error, distributed.Lost):
@@ -582,12 +583,16 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
     return result
 
 
+def _check_level(interval: float | None) -> None:
+    if interval is not None and not 0 < interval < 1:
+        raise InputError(f"the interval is {interval}, but must be a probability between 0 and 1, such as 0.9")
+
+
 def _doubt(model: Model, interval: float | None, verbose: bool) -> Uncertainty | None:
     """What is known of the errors of a model, where intervals are wanted; says why there is nothing."""
+    _check_level(interval)
     if interval is None:
         return None
-    if not 0 < interval < 1:
-        raise InputError(f"the interval is {interval}, but must be a probability between 0 and 1, such as 0.9")
     found = Uncertainty.of(model)
     if found is None and verbose:
         console.print(f"No intervals with this model: {why_not(model)}", style="dim", markup=False)

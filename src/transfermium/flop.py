@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .errors import InputError
 
@@ -18,9 +16,12 @@ def parse_flop(text: str) -> float:
     """Operations of "20TFLOP", "0.5 PFLOP" or "3e12FLOP"."""
     found = re.fullmatch(rf"\s*([\d.]+(?:e[+-]?\d+)?)\s*([{''.join(PREFIXES)}]?)FLOPs?\s*", text)
     try:
-        return float(found[1]) * PREFIXES[found[2]]  # type: ignore[index]
+        number = float(found[1]) * PREFIXES[found[2]]  # type: ignore[index]
     except (TypeError, ValueError):
-        raise InputError(f"'{text}' is no number of floating-point operations: write 20TFLOP or 3e12FLOP") from None
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise InputError(f"'{text}' is no number of floating-point operations: write 20TFLOP or 3e12FLOP")
+    return number
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -28,22 +29,23 @@ def counted(work: Callable[[], object]) -> int:
 
     They depend on shapes only, neither on the machine nor on what else it does.
     """
-    with _Counter() as counter:
+    from torch.utils._python_dispatch import TorchDispatchMode  # few runs count
+    from torch.utils.flop_counter import flop_registry
+
+    total = 0
+
+    class Counter(TorchDispatchMode):
+        """Torch's own formulas, without its record of modules, which derivatives within derivatives break."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            nonlocal total
+            result = func(*args, **(kwargs or {}))
+            if (formula := flop_registry.get(func.overloadpacket)) is not None:
+                total += formula(*args, **(kwargs or {}), out_val=result)
+            return result
+
+    with Counter():
         work()
-    return counter.total
-
-
-class _Counter(TorchDispatchMode):
-    """Torch's own formulas of operators, without its record of modules, which derivatives within derivatives break."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
+    return total

@@ -272,6 +272,9 @@ def test_ids_tell_materials_of_one_composition_apart() -> None:
     both = [*pool, *frames("fcc", 3.9, "b", 8, 99)]
     assert tolerance_for(both, tests) == TOLERANCE
     assert len(without(both, tests, quiet=True)[0]) == 8
+    for k, atoms in enumerate([*pool, *tests]):
+        atoms.info["system_id"] = f"run {k % 4}"  # of one system
+    assert tolerance_for(pool, tests) == FRAMES
     for k, atoms in enumerate([*both, *tests]):
         atoms.info["material_id"] = f"frame {k}"  # tells nothing
     assert tolerance_for(pool, tests) == FRAMES

@@ -19,7 +19,10 @@ def test_texts_stand_for_options(text, bound, words):
     assert in_words(bound) == words
 
 
-@pytest.mark.parametrize("text", ["0steps", "many steps", "soon", "many TFLOP", "3XFLOP", "FLOP", "1..2GFLOP"])
+@pytest.mark.parametrize(
+    "text",
+    ["0steps", "many steps", "soon", "many TFLOP", "3XFLOP", "FLOP", "1..2GFLOP", "0TFLOP", "-5s", "nan", "20tflop"],
+)
 def test_texts_that_stand_for_nothing(text):
     with pytest.raises(InputError, match=text.replace(".", r"\.")):
         bound_of(text)

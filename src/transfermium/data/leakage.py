@@ -16,7 +16,7 @@ from .columns import codes as column_codes
 from .columns import info_names, is_missing
 from .labels import word
 from .sequences import Subset, original
-from .split import IDS, MATERIAL_IDS, formulas
+from .split import IDS, OF_RUNS, formulas
 
 TOLERANCE = 0.05  # fcc and hcp differ by 0.059
 FRAMES = 0.005  # two frames of a liquid differ by 0.015, neighbours in one trajectory by 0.002
@@ -135,7 +135,7 @@ def _of_several_materials(*sides: Sequence[Atoms]) -> bool:
     counts: Counter[tuple[str, str]] = Counter()
     for side in sides:
         members = _ids(side, np.zeros(len(side), int), list(range(len(side))))
-        counts.update({(key, value): len(own) for (_, key, value), own in members.items() if key in MATERIAL_IDS})
+        counts.update({(key, value): len(own) for (_, key, value), own in members.items() if key not in OF_RUNS})
     for key in {key for key, _ in counts}:
         own = [n for (name, _), n in counts.items() if name == key]
         if len(own) > 1 and max(own) > 1:

@@ -20,12 +20,12 @@ from .columns import codes as column_codes
 from .labels import word
 from .sequences import Subset, original
 
-MATERIAL_IDS = (
-    "material_id", "material", "mp_id", "mpid", "mbid", "jid", "icsd_id", "oqmd_id", "alexandria_id", "qm7_id",
-    "molecule_id", "molecule", "smiles", "system", "system_id",
+IDS = (  # of a material or a trajectory, the coarser first
+    "material_id", "material", "mp_id", "mpid", "mbid", "jid", "icsd_id", "oqmd_id", "alexandria_id", "mptrj_traj_id",
+    "internal_id", "qm7_id", "molecule_id", "molecule", "smiles", "system", "system_id", "group_id", "traj_id",
+    "trajectory_id", "trajectory",
 )  # fmt: skip
-TRAJECTORY_IDS = ("mptrj_traj_id", "internal_id", "group_id", "traj_id", "trajectory_id", "trajectory")
-IDS = (*MATERIAL_IDS, *TRAJECTORY_IDS)  # the coarser first
+OF_RUNS = ("mptrj_traj_id", "internal_id", *IDS[IDS.index("system") :])  # perhaps of one material
 TRAIN = {"train", "training", "tr"}
 VALID = {"val", "valid", "validation", "dev"}
 TEST = {"test", "testing", "holdout"}

@@ -87,7 +87,7 @@ def bakeoff(
     if not targets:
         raise InputError("a comparison needs a target: give labelled structures and what to learn of them")
     check_options(rates, edges, seeds, workers)
-    both(fair(pretraining), fair(tuning))
+    fair(pretraining), fair(tuning)
     backbones = {"TensorNet": TensorNet(32, 2)} if backbones is None else dict(backbones)
     levels = (
         {name: read(source) for name, source in structures.items()}
@@ -97,6 +97,8 @@ def bakeoff(
     own = {name: arm for name, arm in arms.items() if isinstance(arm, Arm)} if isinstance(arms, Mapping) else {}
     plan = Plan(levels, own, targets, out, label or {}, unit or {}, sizes, quiet)
     objectives = plan.objectives(arms)
+    if LONG in objectives:
+        both(fair(pretraining), fair(tuning))
     settings = {"pretraining": pretraining, "tuning": tuning, "edges": edges}
 
     if not quiet or dry_run:

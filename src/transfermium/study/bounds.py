@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..flop import parse_flop
-from ..train import parse_time
+from ..train import TrainConfig, parse_time
 
 
 def bound_of(text: str) -> dict[str, Any]:
@@ -18,11 +18,9 @@ def bound_of(text: str) -> dict[str, Any]:
         if not number.isdigit() or not int(number):
             raise InputError(f"'{text}' is no number of steps, such as 300steps")
         return {"steps": int(number)}
-    if "FLOP" in text:
-        parse_flop(text)
-        return {"flop": text}
-    parse_time(text)
-    return {"processor_time": text}
+    bound: dict[str, Any] = {"flop" if "flop" in text.lower() else "processor_time": text}
+    TrainConfig(**bound)  # which refuses what is none
+    return bound
 
 
 def fair(text: str) -> dict[str, Any]:

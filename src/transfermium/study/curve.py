@@ -167,6 +167,8 @@ def curve(
         study.bounds = bounds
     else:
         study.bounds = study.within(seconds, workers or (1 if executor else cores()))
+    if {LONG, TOGETHER} & set(study.arms):
+        both(study.bounds["pretraining"], study.bounds["tuning"])
     if viewer:
         need_viewer()
     if not quiet or dry_run:
