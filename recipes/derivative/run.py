@@ -2,6 +2,7 @@
 
     python recipes/derivative/run.py --data DIR                 the core grid: two hours on two cores
     python recipes/derivative/run.py --data DIR --arms all      all eleven arms
+    python recipes/derivative/run.py --data DIR --backbone ET --only phonons,dielectric     other models, some targets
     python recipes/derivative/collect.py                        what is finished, into results.json
 
 A study of six properties from few labels. Two levels of theory are pre-trained on together, PBE and PBEsol, each with
@@ -72,10 +73,13 @@ def arms(data: Path, chosen: str) -> dict[str, Objective | Arm]:
 
 
 def main() -> None:
-    args = arguments(__doc__, arms="core", backbone="TensorNet", seeds=3, workers=2, pretraining="180s", tuning="30s")
+    args = arguments(
+        __doc__, arms="core", backbone="TensorNet", only="", seeds=3, workers=2, pretraining="180s", tuning="30s"
+    )
+    wanted = targets(args.data)
     bakeoff(
         cheap(args.data),
-        targets(args.data),
+        {name: wanted[name] for name in args.only.split(",") if name} or wanted,
         args.runs / "derivative",
         arms=arms(args.data, args.arms),
         backbones={args.backbone: BACKBONES[args.backbone]},
