@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from time import monotonic
 from typing import Any
 
@@ -35,13 +36,6 @@ class Bars(Progress):
         self.spoken = now
         task = next(task for task in self.tasks if task.id == task_id)
         note = f", {task.fields['note']}" if task.fields.get("note") else ""
-        left = f", {_short(task.time_remaining)} left" if task.time_remaining else ""
+        left = f", {timedelta(seconds=round(task.time_remaining))} left" if task.time_remaining else ""
         done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:.0f} %"
         self.console.print(f"{task.description}: {done}{note}{left}", markup=False, soft_wrap=True)
-
-
-def _short(seconds: float) -> str:
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
