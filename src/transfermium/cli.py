@@ -34,6 +34,14 @@ from .run import plain
 from .train import TrainConfig
 
 Arguments = dict[str, Any]
+ONE_SOURCE = (
+    "evaluate",
+    "predict",
+    "features",
+    "pack",
+    "doctor",
+    "relax",
+)  # verbs that read structures of `data` alone
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or what one file may have
 
 
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         values.pop("config", None)
         values.pop("debug", None)
         _check_teacher(values.get("teacher"), argv)
-        files = [] if verb in ("bakeoff", "curve") else values.get("data") or []  # these also read others
+        files = values.get("data") or [] if verb in ONE_SOURCE else []
         VERBS[verb](values)
     except Misuse as error:
         _trace(argv)
