@@ -63,6 +63,12 @@ def some_of(public_data: Path, name: str, n: int) -> list[Atoms]:
     return list(islice(_xyz_frames(path), n))
 
 
+def undivided(structures: list[Atoms]) -> list[Atoms]:
+    for atoms in structures:
+        atoms.info.pop("split", None)
+    return structures
+
+
 def kinds(diagnosis: object, severity: str = "error") -> list[str]:
     return [one.kind for one in diagnosis.findings if one.severity == severity]  # type: ignore[attr-defined]
 
@@ -70,18 +76,12 @@ def kinds(diagnosis: object, severity: str = "error") -> list[str]:
 @pytest.fixture(scope="module")
 def crystals(public_data: Path) -> list[Atoms]:
     """Hot and compressed crystals of many elements."""
-    structures = some_of(public_data, "mattersim_benchmarks/mpf-TP", 260)
-    for atoms in structures:
-        atoms.info.pop("split", None)
-    return structures
+    return undivided(some_of(public_data, "mattersim_benchmarks/mpf-TP", 260))
 
 
 @pytest.fixture(scope="module")
 def ethanol(public_data: Path) -> list[Atoms]:
-    structures = some_of(public_data, "md17_ethanol/all", 150)
-    for atoms in structures:
-        atoms.info.pop("split", None)
-    return structures
+    return undivided(some_of(public_data, "md17_ethanol/all", 150))
 
 
 class TestSpoiled:
