@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from transfermium import bars
-from transfermium.console import table
+from transfermium.console import Terminal, table
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -55,3 +55,16 @@ def test_brackets_stay_in_tables():
     console = Console(file=io.StringIO(), width=80)
     console.print(table("Gap [ev]", [{"of [Cu]": "[red]"}]))
     assert all(text in console.file.getvalue() for text in ("Gap [ev]", "of [Cu]", "[red]"))
+
+
+def test_control_characters_of_foreign_files_are_shown_and_not_sent():
+    shown = Terminal(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    shown.print("energy\x1b[2J\x07: found\x9b1m")
+    shown.print(table("labels", [{"key\x1b]0;title": "e\x1b[31m", "n": 1}]))
+    with bars.Bars(console=shown, auto_refresh=False) as progress:
+        progress.add_task("reading \x1b[3J", total=3, note="")
+        progress.refresh()
+    said = shown.file.getvalue()
+    assert not any(sent in said for sent in ("\x1b[2J", "\x1b[3J", "\x07", "\x9b", "\x1b]0", "\x1b[31m"))
+    assert "energy\N{REPLACEMENT CHARACTER}[2J" in said and "key\N{REPLACEMENT CHARACTER}]0;title" in said
+    assert "\x1b[?25l" in said and "reading \N{REPLACEMENT CHARACTER}" in said, "what steers the bar is sent"

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
-import rich
 import yaml
 from rich.text import Text
 
 from . import __version__, distributed
 from .backbones import Backbone, TensorNet
-from .console import console, table, track
+from .console import console, results, table, track, visible
 from .data.labels import KEYS
 from .errors import InputError
 from .model import asked, subclasses
@@ -137,9 +136,9 @@ def evaluate(arguments: Arguments) -> None:
     if as_json:
         _print_json(result)
         return
-    rich.print(table(f"Errors on {result['n']} structures", printable(result)))
+    results.print(table(f"Errors on {result['n']} structures", printable(result)))
     if rows := printable_elements(result):
-        rich.print(table("Mean absolute error by element", rows))
+        results.print(table("Mean absolute error by element", rows))
 
 
 def predict(arguments: Arguments) -> None:
@@ -172,7 +171,7 @@ def suggest(arguments: Arguments) -> None:
     if as_json:
         _print_json([atoms.info for atoms in chosen])
         return
-    rich.print(table("To label next, in this order", printable(chosen)))
+    results.print(table("To label next, in this order", printable(chosen)))
     console.print(f"{len(chosen)} structures written to {out}", markup=False, soft_wrap=True)
 
 
@@ -221,7 +220,7 @@ def leaks(arguments: Arguments) -> None:
         _print_json({"structures": len(structures), "leaks": [vars(leak) for leak in found]})
         return
     for leak in found:
-        print(f"{leak.index}\t{leak.other}\t{leak.why}")
+        print(f"{leak.index}\t{leak.other}\t{visible(leak.why)}")
     console.print(summary(found, len(structures)))
 
 

@@ -1,11 +1,12 @@
-"""What the terminal shows: on standard error, so that results can be piped."""
+"""What the terminal shows: all but results on standard error, so that these can be piped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -13,7 +14,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+UNSEEN = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}"
+)  # they steer terminals
+
+
+class Terminal(Console):
+    """Shows control characters, which keys and ids of foreign files may hold, instead of sending them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+def visible(text: str) -> str:
+    """The same with a sign in place of each control character but tabs and line ends."""
+    return text.translate(UNSEEN)
+
+
+console = Terminal(stderr=True, highlight=False)
+results = Terminal()  # on standard output
 
 
 def bar(quiet: bool = False) -> Progress:
@@ -56,7 +76,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     result = Table(title=Text(title), title_justify="left", header_style="bold")
     for name in rows[0] if rows else ():
         numeric = not isinstance(rows[0][name], str)
-        result.add_column(Text(name), justify="right" if numeric else "left")
+        result.add_column(Text(visible(name)), justify="right" if numeric else "left")
     for row in rows:
-        result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row.values()))
+        result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else visible(str(v))) for v in row.values()))
     return result

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 from rich.text import Text
 
 from ..backbones import Backbone, TensorNet
-from ..console import console, table
+from ..console import console, results, table
 from ..data import read
 from ..data.read import Source
 from ..errors import InputError
@@ -145,9 +144,9 @@ def bakeoff(
     write_json(out / "results.json", finite(result))
     path = page(result, plan.counts).write(out / "report.html")
     if not quiet:
-        rich.print(table("Errors", rows(result, short=True)))
-        rich.print(table("Answers", questions(result)))
-        rich.print(Text(result["verdict"]))
+        results.print(table("Errors", rows(result, short=True)))
+        results.print(table("Answers", questions(result)))
+        results.print(Text(result["verdict"]))
         console.print(f"Report: {path.resolve()}")
     return result
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 from ase import Atoms
 from rich.text import Text
 
 from ..backbones import Backbone, TensorNet
-from ..console import console, table
+from ..console import console, results, table
 from ..data import read, resolve
 from ..data.columns import isolated_atoms
 from ..data.leakage import summary as leaked
@@ -214,11 +213,11 @@ def curve(
     if not quiet:
         for quantity in result["units"]:
             printed, _ = shown(result, quantity)
-            rich.print(table(f"Errors of {quantity} ({printed})", rows(result, quantity, ranges=False)))
+            results.print(table(f"Errors of {quantity} ({printed})", rows(result, quantity, ranges=False)))
             if has_baselines(result, quantity):
                 title = f"The same without a network, {result['baselines from']}"
-                rich.print(table(title, rows(result, quantity, "baselines", ranges=False)))
-        rich.print(Text(result["verdict"]))
+                results.print(table(title, rows(result, quantity, "baselines", ranges=False)))
+        results.print(Text(result["verdict"]))
         console.print(f"Report: {path.resolve()}")
     return result
 

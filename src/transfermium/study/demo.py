@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 from ase import Atoms
 
 from ..backbones import PaiNN
-from ..console import console, table
+from ..console import console, results, table
 from ..crystals import crystals
 from ..data.split import nested
 from ..evaluate import evaluate, predict
@@ -171,9 +170,9 @@ def _shown(out: Path, result: Mapping[str, Any], steps: int, pretraining: int, e
     write_json(out / "results.json", result)
     for quantity, (name, unit) in QUANTITIES.items():
         title = f"Error of {name} on unseen materials, {unit} (mean of seeds, lowest to highest)"
-        rich.print(table(title, _table(result, quantity)))
+        results.print(table(title, _table(result, quantity)))
     sentence = verdict(result)
-    rich.print(sentence)
+    results.print(sentence)
 
     page = _page(result, sentence, steps, pretraining, example)
     path = page.write(out / "report.html")
