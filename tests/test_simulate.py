@@ -28,6 +28,7 @@ ENGINES = {
     "bussi": {"thermostat": "bussi"},
     "nose-hoover": {"thermostat": "nose-hoover"},
     "npt": {"ensemble": "npt", "pressure": "1GPa"},
+    "npt, shape": {"ensemble": "npt", "pressure": "1GPa", "shape": True},
 }
 each_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 
@@ -56,7 +57,9 @@ class TestPhysics:
         assert np.ptp(kinetic) > 0.02  # eV: something happens
         assert np.ptp(total) < 0.03 * np.ptp(kinetic)
 
-    @pytest.mark.parametrize("engine", [ENGINES["bussi"], ENGINES["nose-hoover"], ENGINES["npt"]])
+    @pytest.mark.parametrize(
+        "engine", [e for e in ENGINES.values() if e.keys() != {"ensemble"} and e != ENGINES["langevin"]]
+    )
     def test_what_a_thermostat_gives_is_counted(self, engine, atoms, tmp_path):
         run = {**SHORT, "time": "100steps", "tau": "20fs", "tau_pressure": "100fs"}
         log = tm.md(potential(), atoms, tmp_path / "run", **engine, **run)["log"]
@@ -83,6 +86,17 @@ class TestPhysics:
                 stored.append(atoms.get_potential_energy())
         assert observables.temperature(np.mean(kinetic), freedoms) == pytest.approx(400, rel=0.06)
         assert observables.temperature(np.mean(stored), 21) == pytest.approx(400, rel=0.1)  # equipartition
+
+    @pytest.mark.parametrize("shape", [False, True])
+    def test_only_where_asked_the_cell_changes_its_shape_and_it_never_turns(self, shape, atoms, tmp_path):
+        run = {**SHORT, "time": "60steps", "tau_pressure": "1ps"}
+        result = tm.md(potential(), atoms, tmp_path / "run", ensemble="npt", pressure="1GPa", shape=shape, **run)
+        final = ase.io.read(tmp_path / "run" / "final.extxyz")
+        strain = np.linalg.solve(atoms.cell.array, final.cell.array)
+        assert strain == pytest.approx(strain.T, abs=1e-6)
+        sheared = np.abs(strain - np.trace(strain) / 3 * np.eye(3)).max()
+        assert (sheared > 1e-4) == shape and (sheared < 1e-9) != shape
+        assert list(result["cell"]) == ["a", "b", "c", "alpha", "beta", "gamma"][: 6 if shape else 3]
 
     def test_random_momenta_have_exactly_the_temperature_and_move_nothing(self, atoms, tmp_path):
         log = tm.md(potential(), atoms, tmp_path / "run", ensemble="nve", temperature=250, **SHORT)["log"]
@@ -174,6 +188,7 @@ class TestRefusals:
             ({"ensemble": "npt"}, "a pressure, such as 1bar"),
             ({"pressure": "1bar"}, "a pressure, such as 1bar"),
             ({"ensemble": "npt", "pressure": "1"}, "'1' is no pressure"),
+            ({"shape": True}, "leave shape out"),
             ({"timestep": "1"}, "timestep is '1', which is no time"),
             ({"every": "1.5fs"}, "every is 1.5fs, which is no whole number of steps of 1 fs"),
             ({"time": "manysteps"}, "no number of steps"),

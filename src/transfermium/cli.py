@@ -662,6 +662,7 @@ def _md_parser() -> Parser:
     parser.add_argument("--every", type=str, default="10fs", help="between rows of log and trajectory")
     parser.add_argument("--tau", type=str, default="100fs", help="time in which the thermostat acts")
     parser.add_argument("--tau-pressure", type=str, default="1ps", help="time in which the barostat acts")
+    parser.add_argument("--shape", action="store_true", help="of npt: the shape of the cell changes too, as in solids")
     parser.add_argument("--seed", type=int, default=0, help="of momenta and thermostat")
     parser.add_argument("--skip", type=str, default="0ps", help="left out of averages at the beginning")
     help = "frames of the same substance, to compare radial distribution functions with"

@@ -224,6 +224,7 @@ STATE: dict[str, tuple[str, ...]] = {  # what engines know beside positions and 
         "_thermostat._eta", "_thermostat._p_eta", "_barostat._xi", "_barostat._p_xi", "_eps", "_p_eps", "_cell0",
         "_volume0",
     ),
+    "mtk-shape": ("_thermostat._eta", "_thermostat._p_eta", "_barostat._xi", "_barostat._p_xi", "_p_g"),
 }  # fmt: skip
 
 CONSERVED: dict[str, Callable[[Any, float], float | None]] = {
@@ -232,11 +233,19 @@ CONSERVED: dict[str, Callable[[Any, float], float | None]] = {
     "bussi": lambda engine, total: total - engine.transferred_energy,
     "nose-hoover": lambda engine, total: engine.get_conserved_energy(),
     "mtk": lambda engine, total: engine.get_conserved_energy(),
+    "mtk-shape": lambda engine, total: engine.get_conserved_energy(),
 }
 
 
 def settings_of(
-    ensemble: str, thermostat: str | None, temperature: float, pressure: str | None, timestep: str, tau: str, slow: str
+    ensemble: str,
+    thermostat: str | None,
+    temperature: float,
+    pressure: str | None,
+    timestep: str,
+    tau: str,
+    slow: str,
+    shape: bool = False,
 ) -> Settings:
     if ensemble not in ("nve", "nvt", "npt"):
         raise InputError(f"there is no ensemble '{ensemble}': choose nve, nvt or npt")
@@ -246,6 +255,10 @@ def settings_of(
         raise InputError(f"{ensemble} has no choice of thermostats: leave out {thermostat}, or choose nvt")
     if (pressure is not None) != (ensemble == "npt"):
         raise InputError("a pressure, such as 1bar, goes with npt and only with it: change one of them")
+    if shape and ensemble != "npt":
+        raise InputError(
+            f"the shape of a cell changes under a pressure, not in {ensemble}: leave shape out, or choose npt"
+        )
     if not 0 <= temperature < 1e5 or (temperature == 0 and ensemble != "nve"):
         raise InputError(f"a temperature of {temperature} K makes no sense: choose one above zero and below 100,000")
     step, tau_fs, slow_fs = (_femtoseconds(n, t) for n, t in (("timestep", timestep), ("tau", tau), ("tau", slow)))
@@ -253,7 +266,7 @@ def settings_of(
         raise InputError(f"a timestep of {timestep} makes no sense: 0.5fs suits hydrogen, 2fs heavy atoms")
     if min(tau_fs, slow_fs) < 5 * step:
         raise InputError(f"tau is less than five timesteps of {timestep}: 100fs and 1ps (of a pressure) are usual")
-    engine = {"nve": "verlet", "npt": "mtk"}.get(ensemble) or thermostat or "langevin"
+    engine = {"nve": "verlet", "npt": "mtk-shape" if shape else "mtk"}.get(ensemble) or thermostat or "langevin"
     return Settings(
         ensemble, engine, float(temperature), step,
         None if pressure is None else _pressure(pressure),
@@ -293,7 +306,7 @@ def check_fit(settings: Settings, atoms: ase.Atoms, model: Model) -> None:
         raise InputError("npt needs a structure that is periodic in three directions: choose nvt")
     if settings.ensemble == "npt" and "stress" not in model.outputs:
         raise InputError("npt needs a model with stress: train it on stresses, or choose nvt")
-    if settings.engine in ("nose-hoover", "mtk") and atoms.constraints:
+    if settings.engine in ("nose-hoover", "mtk", "mtk-shape") and atoms.constraints:
         raise InputError("nose-hoover and npt keep no constraints: choose langevin, or remove them from the structure")
     if freedoms_of(atoms, settings.engine) < 1:
         raise InputError("nothing in this structure can move: simulate one with more atoms or fewer constraints")
@@ -359,7 +372,7 @@ def _engine(atoms: ase.Atoms, settings: Settings, rng: np.random.Generator) -> A
         bussi.ndof, bussi.target_kinetic_energy = freedoms, freedoms / 2 * units.kB * kelvin
         return bussi
     try:
-        from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
+        from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
     except ImportError:
         raise InputError("nose-hoover and npt need ASE 3.26 or newer: pip install -U ase") from None
     chain: Any
@@ -367,7 +380,7 @@ def _engine(atoms: ase.Atoms, settings: Settings, rng: np.random.Generator) -> A
         chain = NoseHooverChainNVT(atoms, step, temperature_K=kelvin, tdamp=tau)
     else:
         assert settings.pressure is not None and settings.tau_pressure is not None
-        chain = IsotropicMTKNPT(
+        chain = (IsotropicMTKNPT if settings.engine == "mtk" else MTKNPT)(
             atoms, step, temperature_K=kelvin, pressure_au=settings.pressure, tdamp=tau,
             pdamp=settings.tau_pressure * units.fs,
         )  # fmt: skip

@@ -34,6 +34,7 @@ from .run import claim, fingerprint, leaving_nothing
 from .transfer import weights_fingerprint
 
 RDF_RADIUS = (6.0, 10.0)  # Å: half the width of the cell within these
+CELL = {"a": "Å", "b": "Å", "c": "Å", "alpha": "°", "beta": "°", "gamma": "°"}
 MOST_FRAMES = 400  # that radial distribution functions are averaged over
 
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -55,6 +56,7 @@ def md(
     every: str = "10fs",
     tau: str = "100fs",
     tau_pressure: str = "1ps",
+    shape: bool = False,
     seed: int = 0,
     skip: str = "0ps",
     reference: Source | None = None,
@@ -75,14 +77,14 @@ def md(
 
     Args:
         structure: structures with momenta go on with them, others get random ones.
-        ensemble: "nve" is velocity Verlet, "npt" lets the volume of the cell change, not its shape
-            (Martyna-Tobias-Klein).
+        ensemble: "nve" is velocity Verlet, "npt" lets the volume of the cell change (Martyna-Tobias-Klein).
         thermostat: of "nvt", "langevin" by default; "bussi" (stochastic velocity rescaling) disturbs diffusion least,
             and "nose-hoover" (a chain of three) is deterministic.
         temperature: in K; of "nve" that of random momenta only.
         pressure: of "npt", such as "1bar" or "0.1GPa".
         timestep, time, every: such as "0.5fs", "2ps", or "100steps"; log and trajectory get a row `every` so often.
         tau, tau_pressure: times in which thermostat and barostat act; the friction of Langevin is 1 / tau.
+        shape: of "npt", the shape of the cell changes too: for solids.
         skip: what is left out of averages at the beginning.
         reference: frames of the same substance, with whose radial distribution functions those found are compared.
         pairs: of elements that are compared, such as "O-O"; all by default.
@@ -94,7 +96,7 @@ def md(
         InputError: for settings that do not fit each other, the structure or the folder, for a model without forces,
             and for elements that it never saw.
     """
-    settings = settings_of(ensemble, thermostat, temperature, pressure, timestep, tau, tau_pressure)
+    settings = settings_of(ensemble, thermostat, temperature, pressure, timestep, tau, tau_pressure, shape)
     steps, row_every, skipped = (steps_of(name, text, settings.timestep) for name, text in
                                  (("time", time), ("every", every), ("skip", skip)))  # fmt: skip
     if skipped >= steps:
@@ -200,6 +202,12 @@ def _observed(
     frames = [
         one for one in ase_read(folder / "trajectory.extxyz", ":", format="extxyz") if one.info["step"] >= skipped
     ]
+    if len(frames) > 3 and settings.ensemble == "npt":
+        cells = np.array([one.cell.cellpar() for one in frames])
+        shown = CELL if settings.engine == "mtk-shape" else dict(list(CELL.items())[:3])
+        found["cell"] = {
+            name: _as_dict(observables.average(cells[:, k]), unit) for k, (name, unit) in enumerate(shown.items())
+        }
     if len(frames) > 3 and settings.ensemble != "npt":  # there the cell moves the atoms too
         times = log["time_ps"][used] - log["time_ps"][used][0]
         displacements = observables.msd(np.array([one.positions for one in frames]), atoms.get_masses())

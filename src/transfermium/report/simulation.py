@@ -21,6 +21,7 @@ ENGINES = {
     "bussi": "stochastic velocity rescaling",
     "nose-hoover": "a Nosé-Hoover chain",
     "mtk": "the barostat of Martyna, Tobias and Klein",
+    "mtk-shape": "the barostat of Martyna, Tobias and Klein, also of the shape of the cell",
 }
 MOST_PAIRS = 6  # of elements with a figure of their own
 MOST_POINTS = 600  # of a curve
@@ -74,6 +75,7 @@ def verdict(result: Result) -> str:
 def rows(result: Result) -> list[dict[str, str]]:
     """Rows of a table of what was measured."""
     found = {name: result[name] for name in ("temperature", "drift", "pressure", "density") if name in result}
+    found |= {f"cell, {name}": one for name, one in result.get("cell", {}).items()}
     found |= {f"diffusion of {element}": one for element, one in result.get("diffusion", {}).items()}
     table = [
         {
