@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
+from ase.constraints import FixAtoms, FixedPlane
 from ase.neighborlist import neighbor_list
 
 import transfermium as tm
@@ -118,6 +119,33 @@ class TestPhysics:
         middle = cluster.positions - cluster.get_center_of_mass()
         assert np.cross(middle, momenta).sum(axis=0) == pytest.approx(0, abs=1e-5)
 
+    @pytest.mark.parametrize("periodic", [True, False])
+    @pytest.mark.parametrize("engine", ["nve", "bussi", "nose-hoover"])
+    def test_the_motion_of_the_whole_is_no_heat(self, engine, periodic, tmp_path, capsys):
+        """Langevin leaves it behind: thermostats take it away, without one it is counted."""
+        atoms = Atoms("Cu3Au", [[0, 0, 0], [2.5, 0, 0], [0, 2.6, 0], [1.2, 1.2, 1.9]], cell=3 * [5.2], pbc=periodic)
+        inner = atoms.copy()
+        inner.set_momenta(np.random.default_rng(0).normal(size=(4, 3)))
+        dynamics.hold_still(inner)
+        spin = 0.02 * np.cross([0, 0, 1], atoms.positions - atoms.get_center_of_mass())
+        atoms.set_momenta(inner.get_momenta() + atoms.get_masses()[:, None] * ([0.1, 0, 0] + (not periodic) * spin))
+        run = {**SHORT, "most_force": 500, "verbose": True}
+        result = tm.md(potential(), atoms, tmp_path / "run", **ENGINES[engine], **run)
+        said = "The whole moved" in " ".join(capsys.readouterr().err.split())
+        kinetic = result["log"]["kinetic_eV"][0]
+        if engine == "nve":
+            assert result["degrees of freedom"] == 12 and not said
+            assert kinetic == pytest.approx(atoms.get_kinetic_energy())
+        else:
+            assert result["degrees of freedom"] == (9 if periodic else 6) and said
+            assert kinetic == pytest.approx(inner.get_kinetic_energy())
+
+    def test_linear_molecules_are_held_still_without_a_word(self, recwarn):
+        atoms = Atoms("CO2", [[0, 0, 0], [1.2, 0, 0], [-1.2, 0, 0]])
+        dynamics._draw_momenta(atoms, 300.0, 4, np.random.default_rng(0))
+        assert np.cross(atoms.positions, atoms.get_momenta()).sum(axis=0) == pytest.approx(0, abs=1e-9)
+        assert observables.temperature(atoms.get_kinetic_energy(), 4) == pytest.approx(300) and not recwarn
+
 
 class TestResuming:
     @each_engine
@@ -149,6 +177,14 @@ class TestResuming:
         tm.md(potential(), atoms, tmp_path / "run", **SHORT)
         with pytest.raises(tm.InputError, match=r"another run: temperature was 300\.0 there and is 400\.0 now"):
             tm.md(potential(), atoms, tmp_path / "run", temperature=400, **SHORT)
+        atoms.set_constraint(FixAtoms([0]))
+        with pytest.raises(tm.InputError, match="another run: constraints was null there"):
+            tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+
+    def test_constraints_that_files_cannot_hold_are_named(self, atoms, tmp_path, capsys):
+        atoms.set_constraint([FixAtoms([0]), FixedPlane(1, [0, 0, 1])])
+        tm.md(potential(), atoms, tmp_path / "run", **{**SHORT, "verbose": True})
+        assert "FixedPlane: obeyed here, but extended XYZ" in " ".join(capsys.readouterr().err.split())
 
 
 class TestExplosions:
@@ -165,6 +201,18 @@ class TestExplosions:
         good.calc = tm.Calculator(potential())
         assert np.linalg.norm(good.get_forces(), axis=1).max() < 20
         assert "exploded" in (tmp_path / "run" / "simulation.html").read_text()
+
+    def test_there_is_one_last_frame(self, atoms, tmp_path, monkeypatch):
+        tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+        longer = {**SHORT, "time": "60steps"}
+        with monkeypatch.context() as patch:
+            patch.setattr(dynamics.Simulation, "_what_is_wrong", lambda self: "bad" if self.step == 49 else None)
+            assert "step 50" in tm.md(potential(), atoms, tmp_path / "run", **longer)["stopped"]
+        assert [file.name for file in (tmp_path / "run").glob("*.extxyz")].count("final.extxyz") == 0
+        assert ase.io.read(tmp_path / "run" / "last_good.extxyz").info["step"] == 49
+        tm.md(potential(), atoms, tmp_path / "run", **longer)
+        assert ase.io.read(tmp_path / "run" / "final.extxyz").info["step"] == 60
+        assert not (tmp_path / "run" / "last_good.extxyz").exists()
 
     def test_a_structure_that_begins_so_is_refused(self, atoms, tmp_path):
         with pytest.raises(tm.InputError, match=r"begins with a force of .* relax it first"):
@@ -195,6 +243,10 @@ class TestRefusals:
             ({"temperature": -1}, "makes no sense"),
             ({"tau": "2fs"}, "less than five timesteps"),
             ({"skip": "40fs"}, "leave something"),
+            ({"skip": "-5steps"}, "no number of steps"),
+            ({"time": "nanps"}, "which is no time"),
+            ({"time": "infps"}, "which is no time"),
+            ({"ensemble": "npt", "pressure": "nanGPa"}, "is no pressure"),
         ],
     )
     def test_settings(self, options, message, atoms, tmp_path):
@@ -249,6 +301,15 @@ class TestPage:
         assert result["averaged_ps"] == pytest.approx(0.02)
         assert result["temperature"]["value"] == pytest.approx(np.mean(result["log"]["temperature_K"][4:]))
 
+    def test_what_a_reference_cannot_be_compared_with_is_said(self, atoms, tmp_path, capsys):
+        frames = [atoms * (2, 2, 2), Atoms("Cu2", [[0, 0, 0], [2.5, 0, 0]])]
+        result = tm.md(potential(), atoms, tmp_path / "run", reference=frames, **{**SHORT, "verbose": True})
+        assert "1 of 2 frames of the reference are not periodic" in " ".join(capsys.readouterr().err.split())
+        assert result["reference"]["frames"] == 1 and result["reference"]["uneven"] == ["Au-Au", "Cu-Cu"]
+        assert "Au-Au, Cu-Cu: the reference has cells of another size" in (tmp_path / "run/simulation.html").read_text()
+        same = tm.md(potential(), atoms, tmp_path / "same", reference=[atoms], **SHORT)
+        assert same["reference"]["uneven"] == []
+
     def test_pairs_have_to_be_there(self, atoms, tmp_path):
         with pytest.raises(tm.InputError, match="do not both have H-O: choose pairs among"):
             tm.md(potential(), atoms, tmp_path / "run", reference=alloys(2), pairs=["O-H"], **SHORT)
@@ -269,6 +330,33 @@ class TestRelaxations:
         assert atoms.info["relaxed"]
         assert np.abs(atoms.get_stress()).max() * atoms.get_volume() < 0.1
         assert atoms.get_volume() != pytest.approx(alloys(1)[0].get_volume(), rel=1e-4)
+
+    def test_labels_that_structures_came_with_give_way(self, tmp_path):
+        atoms = alloys(1, seed=1)[0].copy()
+        atoms.info |= {"energy": -1.0, "stress": np.zeros(6), "source": "mine"}
+        atoms.arrays["forces"] = np.ones((len(atoms), 3))
+        (relaxed,) = tm.relax(potential(), [atoms], tmp_path / "out.extxyz", steps=2, verbose=False)
+        written = ase.io.read(tmp_path / "out.extxyz")
+        assert written.info["source"] == "mine" and "energy" not in written.info
+        assert type(relaxed.get_potential_energy()) is float
+        assert written.get_potential_energy() == pytest.approx(relaxed.get_potential_energy(), abs=1e-6) != -1.0
+        assert written.get_forces() == pytest.approx(relaxed.get_forces(), abs=1e-6)
+
+    def test_one_that_cannot_begin_does_not_stop_the_others(self, tmp_path, capsys):
+        structures = [atoms.copy() for atoms in alloys(3)]
+        structures[1].positions[1] = structures[1].positions[0]
+        relaxed = tm.relax(potential(), structures, tmp_path / "out.extxyz", fmax=0.1)
+        assert "two atoms at the same place" in relaxed[1].info["relax_trouble"]
+        assert "relax_energy_change" not in relaxed[1].info and not relaxed[1].calc.results
+        assert "2 of 3 structures reached 0.1 eV/Å; 1 fell apart" in " ".join(capsys.readouterr().err.split())
+        assert len(tm.relax(potential(), structures, tmp_path / "out.extxyz", fmax=0.1, verbose=False)) == 3
+
+    def test_other_constraints_make_other_relaxations(self, tmp_path):
+        atoms = alloys(1)[0].copy()
+        tm.relax(potential(), [atoms], tmp_path / "out.extxyz", steps=1, verbose=False)
+        atoms.set_constraint(FixAtoms([0]))
+        with pytest.raises(tm.InputError, match="holds other relaxations"):
+            tm.relax(potential(), [atoms], tmp_path / "out.extxyz", steps=1, verbose=False)
 
     def test_what_ended_higher_is_counted(self):
         info = {"relaxed": True, "relax_energy_change": 0.2}

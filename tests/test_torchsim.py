@@ -139,6 +139,17 @@ class TestRelaxation:
         (cut,) = tm.relax(model(), alloys(1), fmax=0.001, steps=3, **RUN)
         assert (cut.info["relaxed"], cut.info["relax_steps"]) == (False, 3)
 
+    @pytest.mark.parametrize("cell", [False, True])
+    def test_one_that_cannot_begin_does_not_stop_the_others(self, cell):
+        given = structures()[0::2]
+        given[1].positions[1] = given[1].positions[0]
+        expected, found = (
+            tm.relax(model(), given, cell=cell, steps=3, **{**RUN, **way}) for way in ({"engine": "ase"}, {})
+        )
+        assert [one.info.get("relax_trouble") for one in found] == [one.info.get("relax_trouble") for one in expected]
+        assert "two atoms at the same place" in found[1].info["relax_trouble"] and not found[1].calc.results
+        assert found[2].positions == pytest.approx(expected[2].positions, abs=1e-9)
+
     def test_what_falls_apart_is_left_as_it_was_and_others_go_on(self, monkeypatch):
         expected = tm.relax(model(), structures(), fmax=0.05, **RUN)
         calls = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,16 +16,21 @@ import ase
 import numpy as np
 import safetensors.numpy
 from ase import units
+from ase.calculators.calculator import all_properties
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from . import observables
 from .calculator import Calculator
 from .errors import InputError
 from .evaluate import unseen_elements
 from .model import Gradient, Model, read_tensors, write_whole
+from .run import plain
 
+FINAL, LAST_GOOD = "final.extxyz", "last_good.extxyz"  # there is one of them in the end
 SAVED = 100  # steps between states that can be resumed
 FASTEST = 0.5  # Å that an atom may move in a step
 HOTTEST = (10.0, 1000.0)  # times the temperature asked for, plus K
+KEPT = {"FixAtoms", "FixCartesian"}  # constraints that extended XYZ holds
 STRETCHED = 8.0  # times the first volume, or a fraction of it
 
 TIMES = {"fs": 1.0, "ps": 1e3, "ns": 1e6}  # in fs
@@ -67,7 +73,7 @@ class Simulation:
         self.first_volume = atoms.get_volume() if atoms.cell.rank == 3 else 0.0
         self.bonded = np.zeros(len(atoms), bool)
         self.bonded[atoms.calc.edges.neighbors(atoms).receivers] = True
-        if not _has_momenta(atoms):
+        if not has_momenta(atoms):
             _draw_momenta(atoms, settings.temperature, self.freedoms, self.rng)
         self.hottest = HOTTEST[0] * max(settings.temperature, self.temperature()) + HOTTEST[1]
 
@@ -98,7 +104,8 @@ class Simulation:
                 self._save()
             if due or self.step == steps:
                 yield self.step
-        write_frame(self.folder / "final.extxyz", self._frame())
+        write_frame(self.folder / FINAL, self._frame())
+        (self.folder / LAST_GOOD).unlink(missing_ok=True)
 
     def temperature(self) -> float:
         return float(observables.temperature(self.atoms.get_kinetic_energy(), self.freedoms))
@@ -202,8 +209,9 @@ class Simulation:
         self.atoms.set_cell(cell)
         self.atoms.set_positions(positions, apply_constraint=False)
         self.atoms.set_momenta(momenta, apply_constraint=False)
-        file = self.folder / "last_good.extxyz"
+        file = self.folder / LAST_GOOD
         write_frame(file, self._frame())
+        (self.folder / FINAL).unlink(missing_ok=True)  # of a shorter time
         self.trouble = f"the simulation exploded at {at}: {wrong}; the frame before is in {file}"
 
     def _largest_force(self) -> tuple[float, int]:
@@ -277,7 +285,8 @@ def settings_of(
 def steps_of(name: str, text: str, timestep: float) -> int:
     if str(text).strip().endswith("steps"):
         with suppress(ValueError):
-            return int(str(text).strip().removesuffix("steps"))
+            if (count := int(str(text).strip().removesuffix("steps"))) >= 0:
+                return count
         raise InputError(f"{name} is '{text}', which is no number of steps: write 100steps")
     steps = _femtoseconds(name, text) / timestep
     if steps < 0 or abs(steps - round(steps)) > 1e-6 * max(steps, 1):
@@ -289,7 +298,8 @@ def _femtoseconds(name: str, text: str) -> float:
     for unit, size in TIMES.items():
         if str(text).strip().endswith(unit):
             with suppress(ValueError):
-                return float(str(text).strip().removesuffix(unit)) * size
+                if math.isfinite(found := float(str(text).strip().removesuffix(unit)) * size):
+                    return found
     raise InputError(f"{name} is '{text}', which is no time: write 0.5fs, 2ps or 1ns")
 
 
@@ -297,7 +307,8 @@ def _pressure(text: str) -> float:
     for unit in ("GPa", "kbar", "bar", "atm"):
         if text.strip().endswith(unit):
             with suppress(ValueError):
-                return float(text.strip().removesuffix(unit)) * PRESSURES[unit]
+                if math.isfinite(found := float(text.strip().removesuffix(unit)) * PRESSURES[unit]):
+                    return found
     raise InputError(f"'{text}' is no pressure: write 1bar, 1atm or 0.1GPa")
 
 
@@ -332,12 +343,46 @@ def forces_are_derivatives(model: Model) -> bool:
     return isinstance(model.outputs["forces"], Gradient)
 
 
+def held_atoms(structures: Sequence[ase.Atoms]) -> dict[str, Any]:
+    """Constraints, as far as there are any: they make a run another one."""
+    told = {str(i): plain([one.todict() for one in structures[i].constraints]) for i in range(len(structures))}
+    return {"constraints": found} if (found := {i: each for i, each in told.items() if each}) else {}
+
+
+def told_of_constraints(structures: Sequence[ase.Atoms]) -> str:
+    """Those that files of structures cannot hold, in a sentence; nothing where there are none."""
+    kinds = {type(one).__name__ for i in range(len(structures)) for one in structures[i].constraints}
+    if not (lost := sorted(kinds - KEPT)):
+        return ""
+    return (
+        f"{', '.join(lost)}: obeyed here, but extended XYZ cannot hold such constraints: set them anew where you go on "
+        "from a file"
+    )
+
+
 def has_stress(atoms: ase.Atoms) -> bool:
     return is_periodic(atoms) and "stress" in atoms.calc.model.outputs
 
 
 def is_periodic(atoms: ase.Atoms) -> bool:
     return bool(atoms.pbc.all()) and atoms.cell.rank == 3
+
+
+def ended(
+    atoms: ase.Atoms, converged: bool, steps: int, first: float | None, results: dict[str, Any], trouble: str | None
+) -> ase.Atoms:
+    """The structure with what became of it, in place of labels that it had before; `first` is the energy it began with,
+    None where there was none."""
+    for name in all_properties:
+        atoms.info.pop(name, None)
+        atoms.arrays.pop(name, None)
+    atoms.info |= {"relaxed": converged, "relax_steps": steps}
+    if first is not None:
+        atoms.info["relax_energy_change"] = float(results["energy"] - first)
+    if trouble:
+        atoms.info["relax_trouble"] = trouble
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
 
 
 def as_text(atoms: ase.Atoms) -> str:
@@ -398,8 +443,9 @@ def _begin_anew(atoms: ase.Atoms) -> None:
 
 
 def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
-    """Along which the atoms move: all with Langevin, else not those of the whole, whose momentum stays zero."""
-    if engine == "langevin" or atoms.constraints:
+    """Along which the atoms move: all with Langevin, else not those of the whole, unless it was moving in the beginning
+    and no thermostat is there to be misled."""
+    if engine == "langevin" or atoms.constraints or (engine == "verlet" and moves_as_a_whole(atoms)):
         return int(atoms.get_number_of_degrees_of_freedom())
     if atoms.pbc.any():
         return 3 * len(atoms) - 3
@@ -407,18 +453,38 @@ def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
     return 3 * len(atoms) - 3 - (0, 2, 3, 3)[turns]
 
 
-def _has_momenta(atoms: ase.Atoms) -> bool:
+def has_momenta(atoms: ase.Atoms) -> bool:
     return atoms.has("momenta") and bool(np.any(atoms.get_momenta()))
+
+
+def moves_as_a_whole(atoms: ase.Atoms) -> bool:
+    """Whether more than rounding of the kinetic energy is the motion of the whole, or its turning."""
+    if not has_momenta(atoms):
+        return False
+    still = atoms.copy()
+    hold_still(still)
+    return bool(still.get_kinetic_energy() < (1 - 1e-6) * atoms.get_kinetic_energy())
+
+
+def hold_still(atoms: ase.Atoms) -> None:
+    """Take away the momentum of the whole, and its turning where it is not periodic."""
+    masses, momenta = atoms.get_masses()[:, None], atoms.get_momenta()
+    momenta -= masses * momenta.sum(axis=0) / masses.sum()
+    if not atoms.pbc.any():
+        arms = atoms.positions - atoms.get_center_of_mass()
+        inertia = (
+            np.einsum("n,nij->ij", masses[:, 0], np.eye(3) * (arms**2).sum(axis=1)[:, None, None])
+            - (masses * arms).T @ arms
+        )
+        spin = np.linalg.pinv(inertia, rcond=1e-9, hermitian=True) @ np.cross(arms, momenta).sum(axis=0)
+        momenta -= masses * np.cross(spin, arms)
+    atoms.set_momenta(momenta, apply_constraint=False)
 
 
 def _draw_momenta(atoms: ase.Atoms, temperature: float, freedoms: int, rng: np.random.Generator) -> None:
     """Random ones of exactly this temperature, with which the whole neither moves nor turns where nothing keeps it."""
-    from ase.md.velocitydistribution import Stationary, ZeroRotation
-
     atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * np.sqrt(atoms.get_masses() * units.kB)[:, None])
     if not atoms.constraints:
-        Stationary(atoms, preserve_temperature=False)
-        if not atoms.pbc.any() and len(atoms) > 1:
-            ZeroRotation(atoms, preserve_temperature=False)
+        hold_still(atoms)
     now = float(observables.temperature(atoms.get_kinetic_energy(), freedoms))
     atoms.set_momenta(atoms.get_momenta() * np.sqrt(temperature / now) if now > 0 else np.zeros((len(atoms), 3)))

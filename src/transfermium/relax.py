@@ -11,12 +11,22 @@ from typing import Any, Literal
 
 import ase
 import numpy as np
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from .calculator import Calculator
 from .console import bar, console
 from .data.read import Source, read
-from .dynamics import STRETCHED, as_text, check_forces, check_unseen, forces_are_derivatives, has_stress, is_periodic
+from .dynamics import (
+    STRETCHED,
+    as_text,
+    check_forces,
+    check_unseen,
+    ended,
+    forces_are_derivatives,
+    has_stress,
+    held_atoms,
+    is_periodic,
+    told_of_constraints,
+)
 from .errors import InputError
 from .model import Model, write_whole
 from .run import fingerprint, hold, leaving_nothing
@@ -45,7 +55,8 @@ def relax(
     """Copies of the structures at the minimum of the energy, with energy, forces and stress of the model.
 
     `atoms.info` has "relaxed" (whether forces came below fmax), "relax_steps", "relax_energy_change" (eV), and
-    "relax_trouble" of those that fell apart, which are left as they last were.
+    "relax_trouble" of those that fell apart, which are left as they last were, or could not begin. Results that the
+    structures came with, such as an energy, were of another geometry and are not kept.
 
     Args:
         out: an extended XYZ file, which grows with every structure; the same command goes on. A file of the same name
@@ -80,6 +91,9 @@ def relax(
     if together:
         asked["engine"] = engine
     identity = {"model": weights_fingerprint(calculator.model), "structures": fingerprint(given), **asked}
+    identity |= held_atoms(given)
+    if verbose and out is not None and (told := told_of_constraints(given)):
+        console.print(f"[yellow]{told}[/yellow]")
     kept = None if out is None else _Relaxed(Path(out), identity)
 
     relaxed = [] if kept is None else kept.found()
@@ -126,9 +140,9 @@ def _relaxed(
     atoms = given.copy()
     atoms.calc = calculator
     wanted = ["energy", "forces", *(["stress"] if has_stress(atoms) else [])]
-    before, volume = atoms.get_potential_energy(), atoms.get_volume() if cell else 1.0
+    volume = atoms.get_volume() if cell else 1.0
     engine = getattr(ase.optimize, optimizer)(FrechetCellFilter(atoms) if cell else atoms, logfile=None)
-    good, results, trouble, converged = atoms.copy(), _results(atoms, wanted), None, False
+    good, first, results, trouble, converged = atoms.copy(), None, {}, None, False
     try:
         for rest in engine.irun(fmax=fmax, steps=steps):
             now = _results(atoms, wanted)
@@ -137,19 +151,15 @@ def _relaxed(
             if cell and not 1 / STRETCHED < atoms.get_volume() / volume < STRETCHED:
                 raise InputError(f"its volume became {atoms.get_volume() / volume:.3g} times what it was")
             good, results, converged = atoms.copy(), now, bool(rest)
+            first = now["energy"] if first is None else first
     except InputError as error:
         trouble, converged = str(error), False
-    good.info |= {
-        "relaxed": converged, "relax_steps": engine.nsteps,
-        "relax_energy_change": float(results["energy"] - before),
-        **({"relax_trouble": trouble} if trouble else {}),
-    }  # fmt: skip
-    good.calc = SinglePointCalculator(good, **results)
-    return good
+    return ended(good, converged, engine.nsteps, first, results, trouble)
 
 
 def _results(atoms: ase.Atoms, wanted: Sequence[str]) -> dict[str, Any]:
-    return {name: np.copy(atoms.calc.get_property(name, atoms)) for name in wanted}
+    found = {name: np.copy(atoms.calc.get_property(name, atoms)) for name in wanted}
+    return {**found, "energy": float(found["energy"])}
 
 
 class _Relaxed:

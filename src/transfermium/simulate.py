@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time as clock
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,9 +25,13 @@ from .dynamics import (
     check_forces,
     check_unseen,
     forces_are_derivatives,
+    held_atoms,
+    hold_still,
     is_periodic,
+    moves_as_a_whole,
     settings_of,
     steps_of,
+    told_of_constraints,
 )
 from .errors import InputError
 from .model import Model
@@ -35,6 +40,7 @@ from .transfer import weights_fingerprint
 
 RDF_RADIUS = (6.0, 10.0)  # Å: half the width of the cell within these
 CELL = {"a": "Å", "b": "Å", "c": "Å", "alpha": "°", "beta": "°", "gamma": "°"}
+FEW_ATOMS = 16  # of an element, in whose RDF it matters that an atom and its images are no pair
 MOST_FRAMES = 400  # that radial distribution functions are averaged over
 
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -76,7 +82,8 @@ def md(
     last frame before.
 
     Args:
-        structure: structures with momenta go on with them, others get random ones.
+        structure: structures with momenta go on with them, others get random ones. A thermostat other than Langevin
+            first takes the momentum of the whole away, and its turning where nothing is periodic.
         ensemble: "nve" is velocity Verlet, "npt" lets the volume of the cell change (Martyna-Tobias-Klein).
         thermostat: of "nvt", "langevin" by default; "bussi" (stochastic velocity rescaling) disturbs diffusion least,
             and "nose-hoover" (a chain of three) is deterministic.
@@ -114,7 +121,7 @@ def md(
     check_forces(calculator.model, "simulate")
     check_unseen(calculator, [atoms])
     check_fit(settings, atoms, calculator.model)
-    pictured = None if reference is None else _reference(read(reference), atoms, pairs)
+    pictured = None if reference is None else _reference(read(reference), atoms, pairs, verbose)
     identity = {
         "verb": "md",
         "model": weights_fingerprint(calculator.model),
@@ -123,11 +130,20 @@ def md(
         "every": row_every,
         "seed": seed,
         "most_force": most_force,
+        **held_atoms([atoms]),
     }
     folder = claim(out, identity)
     assert folder is not None
     if verbose and ensemble == "nve" and not forces_are_derivatives(calculator.model):
         console.print("Forces of this model are no derivatives of its energy: watch the drift, it may heat up.")
+
+    if verbose and (told := told_of_constraints([atoms])):
+        console.print(f"[yellow]{told}[/yellow]")
+    if settings.engine not in ("verlet", "langevin") and not atoms.constraints and moves_as_a_whole(atoms):
+        hold_still(atoms)
+        if verbose:
+            turns = "" if atoms.pbc.any() else " or turned"
+            console.print(f"The whole moved{turns}, as after Langevin: that motion, which is no heat, is taken away.")
 
     atoms.calc = calculator
     simulation = Simulation(atoms, settings, seed, folder, row_every, most_force)
@@ -233,6 +249,7 @@ def _observed(
                 "frames": reference.frames,
                 "rdf": {pair: reference.g[pair] for pair in rdf.g if pair in reference.g},
                 "scored": reference.scored,
+                "uneven": reference.uneven,
                 "errors": {p: float(np.abs(rdf.mean()[p] - g).sum() * width) for p, g in scored.items()},
                 "windows": {"begin": starts, "error": errors},
                 "collapsed": float(starts[over[0]]) if len(over) else None,
@@ -249,13 +266,16 @@ class _Reference(NamedTuple):
     radius: float
     frames: int
     scored: list[str]  # pairs
+    uneven: list[str]  # those of them that few atoms make, in cells of other sizes
 
 
-def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[str] | None) -> _Reference:
+def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[str] | None, verbose: bool) -> _Reference:
     """Radial distribution functions of frames, as far as they and the simulated cell go."""
     usable = [frames[i] for i in range(len(frames)) if is_periodic(frames[i])]
     if not (is_periodic(atoms) and usable):
         raise InputError("radial distribution functions need cells: give a reference and a structure that are periodic")
+    if verbose and (lone := len(frames) - len(usable)):
+        console.print(f"{lone} of {len(frames)} frames of the reference are not periodic, and are left out")
     radius = min(_radius(one.cell.array) for one in [atoms, *usable])
     chosen = _some(len(usable))
     each = [_rdf_of([usable[i]], radius).mean() for i in chosen]
@@ -268,7 +288,12 @@ def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[st
     scored = sorted(own) if pairs is None else [observables.pair_name(*_elements(pair)) for pair in pairs]
     if missing := [pair for pair in scored if pair not in own] or ([] if scored else symbols):
         raise InputError(f"structure and reference do not both have {missing[0]}: choose pairs among {sorted(own)}")
-    return _Reference(g, radius, len(chosen), scored)
+    amounts = [Counter(one.symbols) for one in [atoms, *(usable[i] for i in chosen)]]
+    alike = {
+        pair: {each[pair.partition("-")[0]] for each in amounts} for pair in scored if len(set(pair.split("-"))) == 1
+    }
+    uneven = [pair for pair, counts in alike.items() if len(counts) > 1 and min(counts) < FEW_ATOMS]
+    return _Reference(g, radius, len(chosen), scored, uneven)
 
 
 def _elements(pair: str) -> tuple[str, str]:

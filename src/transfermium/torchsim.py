@@ -11,12 +11,11 @@ from typing import Any
 import ase
 import numpy as np
 import torch
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from .calculator import Calculator
-from .dynamics import STRETCHED, check_forces, is_periodic
+from .dynamics import STRETCHED, check_forces, ended, is_periodic
 from .errors import InputError
 from .graph import Neighbors, to_graph
 from .model import Model
@@ -76,7 +75,7 @@ class TorchSim(ModelInterface):
         numbers = np.concatenate([atoms.numbers for atoms in structures])
         self.calculator.check_elements(numbers)
         self.calculator.check_zero(numbers)
-        graph = to_graph(structures, self.edges, known=self._neighbors(structures))
+        graph = to_graph(structures, self.edges, known=self.neighbors(structures))
         outputs = {name: value.detach().to(self._dtype) for name, value in self.model(graph, self.wanted).items()}
         for system in self.trouble:
             outputs["energy"][system] = torch.nan
@@ -84,7 +83,7 @@ class TorchSim(ModelInterface):
         self.outputs = outputs
         return dict(outputs)
 
-    def _neighbors(self, structures: Sequence[ase.Atoms]) -> list[Neighbors]:
+    def neighbors(self, structures: Sequence[ase.Atoms]) -> list[Neighbors]:
         """Of each structure; when patient, one in which none can be searched is noted, and does not stop the others."""
         found, self.trouble = [], {}
         for system, atoms in enumerate(structures):
@@ -156,6 +155,7 @@ class _Underway:
         self.step = -1
         self.trouble: str | None = None
         self.converged = False
+        self.first: float | None = None  # energy
         self.results: dict[str, Any] = {}
 
     def note(self, atoms: ase.Atoms, results: dict[str, Any], trouble: str | None) -> None:
@@ -167,22 +167,17 @@ class _Underway:
         elif trouble is None and not 1 / STRETCHED < stretch < STRETCHED:
             trouble = f"its volume became {stretch:.3g} times what it was"
         self.trouble = trouble
-        if self.step == 0:
-            self.before = results["energy"]
         if self.step == 0 or trouble is None:
-            self.atoms, self.results = atoms, results
+            self.atoms = atoms
+        if trouble is None:
+            self.first = results["energy"] if self.first is None else self.first
+            self.results = results
 
     def ended(self) -> ase.Atoms:
         atoms = self.given.copy()
         atoms.set_cell(self.atoms.cell)
         atoms.set_positions(self.atoms.positions)
-        atoms.info |= {
-            "relaxed": self.converged, "relax_steps": self.step,
-            "relax_energy_change": float(self.results["energy"] - self.before),
-            **({"relax_trouble": self.trouble} if self.trouble else {}),
-        }  # fmt: skip
-        atoms.calc = SinglePointCalculator(atoms, **self.results)
-        return atoms
+        return ended(atoms, self.converged, self.step, self.first, self.results, self.trouble)
 
 
 class _Company:
@@ -190,6 +185,7 @@ class _Company:
 
     def __init__(self, model: TorchSim, fmax: float, cell: bool, steps: int):
         self.model = model
+        self.model.patient = True
         self.fmax = fmax
         self.cell = cell
         self.steps = steps
@@ -199,7 +195,6 @@ class _Company:
 
     def join(self, fresh: list[_Underway]) -> list[_Underway]:
         """Take these in; returns those that are at rest already."""
-        self.model.patient = False
         state = torch_sim.io.atoms_to_state([one.given for one in fresh], self.model.device, self.model.dtype)
         state = self.begin(state)
         state.velocities = torch.zeros_like(state.velocities)  # torch-sim marks beginners, and lets all others wait
@@ -213,7 +208,6 @@ class _Company:
 
     def step(self) -> list[_Underway]:
         """Move all by one step; returns those that have come to an end."""
-        self.model.patient = True
         were = self.underway
         self.state, self.underway = self._noted(self.go_on(self.state), were)
         return [one for one in were if one not in self.underway]
@@ -237,7 +231,7 @@ def _relaxations(
     given: Sequence[ase.Atoms], members: Sequence[int], company: _Company, most: int
 ) -> Iterator[tuple[int, ase.Atoms]]:
     """Structures of one kind, with their places, in the order in which they come to an end."""
-    waiting = deque((index, len(company.model.edges.neighbors(given[index]).senders)) for index in members)
+    waiting = deque((index, len(company.model.neighbors([given[index]])[0].senders)) for index in members)
     edges: dict[int, int] = {}  # of those on their way
     while waiting or edges:
         fresh = []

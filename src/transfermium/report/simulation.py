@@ -102,6 +102,11 @@ def notes(result: Result) -> list[str]:
             "model and the length L of the box; 1 Å²/ps is 1e-4 cm²/s."
             + (f" {lasted:g} ps are short for it: 100 ps are a minimum in liquids." if lasted < 100 else "")
         )
+    if uneven := result.get("reference", {}).get("uneven"):
+        texts.append(
+            f"{', '.join(uneven)}: the reference has cells of another size, and in one of them so few atoms that their "
+            "number shows in the RDF, for an atom and its own images are no pair: compare cells of one size."
+        )
     if result["forces"] == "direct":
         texts.append("Forces of this model are no derivatives of its energy: what they do need not conserve energy.")
     return texts
