@@ -257,11 +257,29 @@ class TestLoss:
     def test_a_molecule_that_gives_its_hydrogens_away_has_a_low_floor(self):
         assert tm.MaskAtoms().floor([molecule("CH3CH2OH")]) < 0.05 < tm.MaskAtoms().floor([waters(8)])
 
+    def test_the_floor_counts_molecules_as_often_as_they_lose_an_atom(self):
+        """One alone always does, in a box half of them."""
+        structures = [waters(8, seed) for seed in range(4)] + [molecule("CH3CH2OH")] * 40
+        flagged = {"O": 0, "C": 0}  # per molecule of water two atoms, of ethanol eight
+        for k, atoms in enumerate(structures):
+            left = masked(tm.MaskAtoms(), atoms, k)
+            flagged["C" if 6 in left.atoms.numbers else "O"] += int(left.inputs["masked"].sum())
+        water, ethanol = tm.MaskAtoms().floor(structures[:4]), tm.MaskAtoms().floor(structures[4:])
+        expected = (flagged["O"] * water + flagged["C"] * ethanol) / sum(flagged.values())
+        assert tm.MaskAtoms().floor(structures) == pytest.approx(expected, rel=0.02)
+
+    @pytest.mark.parametrize("conservative", [True, False])
+    def test_derivatives_of_single_molecules_are_warned_of(self, conservative):
+        objective = tm.MaskAtoms(conservative=conservative)
+        told = objective.warnings([molecule("CH3CH2OH"), waters(8), bulk("Cu")])
+        assert any("1 of 3 structures are single molecules" in text for text in told) == conservative
+
     def test_the_floor_is_told_before_training(self, capsys):
         tm.pretrain([*(waters(8, seed) for seed in range(3)), bulk("Cu")], tm.MaskAtoms(), painn(), steps=0,
                     **{**QUICK, "verbose": True, "valid_fraction": 0})  # fmt: skip
         said = " ".join(capsys.readouterr().err.split())
-        assert "A loss of 0.479" in said and "needs only what is left of each molecule" in said
+        assert "A loss of 0.479" in said and "needs only a simple guess from what is left of each molecule" in said
+        assert "single molecules" not in said
         assert "1 of 4 structures have nothing to mask and teach nothing (1: there is no H)" in said
 
     def test_an_evaluation_has_the_loss_and_the_floor_beside_it(self):

@@ -409,7 +409,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("structures", "objective", "sentence"),
         [
-            ([bulk("Cu", cubic=True)] * 3, tm.MaskPositions(atoms="H"), r"there is no H \(in 3 .*atoms='any'"),
+            ([bulk("Cu", cubic=True)] * 3, tm.MaskPositions(atoms="H"), r"there is no H in 3 .*atoms='any'"),
             ([bulk("Cu", cubic=True)] * 3, tm.MaskPositions(atoms="leaf"), r"there is no leaf \(atom with one bond\)"),
             ([bulk("NaCl", "rocksalt", a=5.64)] * 3, tm.MaskPositions(), "have less than three atoms .* repeat cells"),
             ([bulk("Cu", cubic=True)] * 3, tm.MaskPositions(radius=2.0), "no other atom is within 2 Å .* larger"),

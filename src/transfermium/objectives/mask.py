@@ -46,7 +46,9 @@ class Removal(Objective):
         reasons = Counter(filter(None, (self._hindrance(sample.atoms) for sample in samples)))
         for reason, advice in self._advice().items():
             if reasons[reason]:
-                raise InputError(f"there is nothing to mask, for {reason} (in {reasons[reason]} structures): {advice}")
+                raise InputError(
+                    f"there is nothing to mask, for {reason} in {reasons[reason]} structures to train on: {advice}"
+                )
         return self
 
     def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
@@ -88,6 +90,7 @@ class MaskAtoms(Removal):
         flag: the backbone is told which atoms lost one of their molecule.
         length: weight of the error of the length of "forces", which is then the distance to the removed atom, per Å.
         conservative: "forces" are minus the derivative of a scalar output; otherwise an output of their own.
+            Derivatives neither push nor turn the whole: in single molecules they cannot all point to one place.
     """
 
     target: ClassVar[str] = "direction"
@@ -122,23 +125,36 @@ class MaskAtoms(Removal):
         vector = Quantity("masking displacement", "Å") if self.length else Quantity("masking direction", "")
         return {**energy, "forces": vector}
 
+    def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
+        found = super().warnings(structures)
+        alone = sum(len(molecules(atoms).sizes) == 1 and self._hindrance(atoms) is None for atoms in structures)
+        if not (self.conservative and alone):
+            return found
+        return [
+            *found,
+            f"{alone} of {len(structures)} structures are single molecules, whose forces as derivatives add up to "
+            "nothing and cannot all point to one place: the loss stays high there; with conservative=False it need not",
+        ]
+
     def _told(self, structures: Sequence[ase.Atoms]) -> str:
         return (
-            f"a loss of {self.floor(structures):.3f} needs only what is left of each molecule: a model that does not "
-            "get clearly below that has learned nothing of what surrounds them"
+            f"a loss of {self.floor(structures):.3f} needs only a simple guess from what is left of each molecule: a "
+            "model that does not get clearly below that has learned nothing of what surrounds them"
         )
 
     def floor(self, structures: Sequence[ase.Atoms]) -> float:
-        """Loss of the best guess from what is left of each molecule alone; NaN where nothing can be masked.
+        """Loss of a simple guess from what is left of each molecule alone; NaN where nothing can be masked.
 
         The guess is, for atoms in the same role, the best linear combination of three sums of unit vectors: to the
-        neighbours that the removed atom had, along the other bonds of these, and along the atom's own. For water that
-        is exact: rigid TIP3P has 0.479. It is fitted to these structures, so that few of them make it too low.
+        neighbours that the removed atom had, along the other bonds of these, and along the atom's own. For molecules of
+        three atoms none is better, and rigid TIP3P has 0.479; what is left of larger ones may tell more. It is fitted
+        to these structures, so that few of them make it too low.
         """
         clues: list[_Clue] = []
         for k in np.random.default_rng(0).permutation(len(structures)):
             found = molecules(structures[k])
-            clues += _clues(structures[k].numbers, found, self._candidates(structures[k], found))
+            candidates = self._candidates(structures[k], found)
+            clues += _clues(structures[k].numbers, found, candidates, self._share(found, candidates))
             if len(clues) >= MOST_CLUES:
                 break
         loss = sum(float((c.weight * (1 - c.cosine)).sum()) for c in _guessed(clues))
@@ -183,6 +199,10 @@ class MaskAtoms(Removal):
         if self.length:
             terms["distance"] = absolute_errors(length, batch.targets["distance"], self.length)
         return terms
+
+    def _share(self, found: Molecules, candidates: np.ndarray) -> float:
+        """How often a molecule of a structure loses an atom: more than the fraction where there are few of them."""
+        return max(1 / max(len(np.unique(found.owner[candidates])), 1), self.fraction)
 
     def _candidates(self, atoms: ase.Atoms, found: Molecules) -> np.ndarray:
         """Atoms that may be removed."""
@@ -303,8 +323,8 @@ class _Guesses(NamedTuple):
     cosine: np.ndarray
 
 
-def _clues(numbers: np.ndarray, found: Molecules, candidates: np.ndarray) -> Iterator[_Clue]:
-    """Of every atom that would be flagged, for each atom that may be removed."""
+def _clues(numbers: np.ndarray, found: Molecules, candidates: np.ndarray, share: float) -> Iterator[_Clue]:
+    """Of every atom that would be flagged, for each atom that may be removed; a share of the molecules loses one."""
     bonded: dict[int, list[int]] = {}
     for receiver, sender in found.bonds.tolist():
         bonded.setdefault(receiver, []).append(sender)
@@ -320,7 +340,7 @@ def _clues(numbers: np.ndarray, found: Molecules, candidates: np.ndarray) -> Ite
     for removed in candidates.tolist():
         own, parents = members[found.owner[removed]], bonded[removed]
         beyond = np.sum([towards(parent, bonded[parent], removed) for parent in parents], axis=0)
-        weight = 1 / choices[found.owner[removed]]
+        weight = share / choices[found.owner[removed]]
         for atom in own:
             if atom != removed:
                 bonds = bonded[atom]
