@@ -56,6 +56,7 @@ class Study(NamedTuple):
     sizes: list[int]
     backbones: tuple[str, ...]
     source: str = "own"  # what is masked: the configurations of the pool, without labels, or boxes of TIP3P
+    single: bool = False  # molecules, whose derivatives cannot point to one place
 
 
 def _file(name: str) -> Callable[[Path], Sequence[Atoms]]:
@@ -80,10 +81,12 @@ STUDIES = {
         _split("nacl_water/revPBE0-D3", "train"), _split("nacl_water/revPBE0-D3", "test"), [10, 30, 100], ("TensorNet",)
     ),
     "ethanol": Study(
-        _split("md17_ethanol/all", "train"), _split("md17_ethanol/all", "test"), [30, 100, 300], ("TensorNet",)
+        _split("md17_ethanol/all", "train"), _split("md17_ethanol/all", "test"), [30, 100, 300], ("TensorNet",),
+        single=True,
     ),
     "aspirin": Study(
-        _split("aspirin_ccsd/all", "train"), _split("aspirin_ccsd/all", "val", "test"), [30, 100, 300], ("TensorNet",)
+        _split("aspirin_ccsd/all", "train"), _split("aspirin_ccsd/all", "val", "test"), [30, 100, 300], ("TensorNet",),
+        single=True,
     ),
 }  # fmt: skip
 CORE = {"EGNN": [10, 30], "GNS": [30], "ForceNet": [30]}  # sizes of the slower ones, before `--all`
@@ -98,9 +101,10 @@ ABLATIONS = {  # of masking half of the hydrogens, each with one thing changed
 }
 
 
-def objectives(conservative: bool, sigma: float) -> dict[str, Objective]:
+def objectives(conservative: bool, single: bool, sigma: float) -> dict[str, Objective]:
     """Ways of pre-training, by the names of arms."""
-    mask, noise = tm.MaskAtoms(conservative=conservative), tm.Denoise(sigma, conservative=conservative)
+    mask = tm.MaskAtoms(conservative=conservative and not single)
+    noise = tm.Denoise(sigma, conservative=conservative)
     return {"denoise": noise, "mask": mask, "mask_denoise": tm.Together({MASK: mask, "noise": noise})}
 
 
@@ -152,9 +156,9 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         folder = args.runs / "masking" / name / "cells"
         losses[sigma] = min(_best(folder / row["cell"])[1] for row in found["errors"] if row["arm"] == "full")
     sigma = min(losses, key=losses.__getitem__)
-    for arm, objective in objectives(conservative, sigma).items():
+    for arm, objective in objectives(conservative, study.single, sigma).items():
         compared(arm, objective, sizes, sigma)
-    mask = objectives(conservative, sigma)["mask"]
+    mask = objectives(conservative, study.single, sigma)["mask"]
     result = do(mask, middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
     keep(args, name, backbone, "scratch_long", {}, result)
 
