@@ -217,6 +217,7 @@ class TestWhatIsReplayed:
         replayed, aside = ({a.info["material_id"] for a in some} for some in (_old(two), ledger.structures))
         assert replayed | aside == {f"m{k}" for k in range(10)} and not replayed & aside
         assert len(ledger.structures) == 3
+        assert ledger.said["from"] == "3 of 30 structures, set aside"
 
     def test_copies_of_a_structure_are_on_one_side_too(self, few):
         structures = turned_round(6, seed=3)
@@ -225,6 +226,7 @@ class TestWhatIsReplayed:
         two, ledger = joined("generated", structures)
         replayed, aside = ({a.info["material_id"] for a in some} for some in (_old(two), ledger.structures))
         assert replayed | aside == {f"m{k}" for k in range(6)} and aside and not replayed & aside
+        assert ledger.said["from"] == f"copies of {len(aside)} of 6 structures, set aside"
 
     def test_what_matches_held_out_or_ledger_structures_is_left_out(self):
         structures = alloys(12)
@@ -304,7 +306,7 @@ class TestLedger:
 
     @pytest.mark.parametrize("strategy", ["aligned", "zero-shot"])
     def test_a_shift_of_references_is_not_forgetting(self, strategy):
-        model = short(strategy=strategy, steps=None, ledger=self.ledger)
+        model = short(strategy=strategy, steps=None, lr=TrainConfig.lr, ledger=self.ledger)
         for found in forgotten(model).values():
             assert found["after"] == found["before"]
         shifts = model.card["history"][-1]["alignment"].get("reference shift (eV)", {})

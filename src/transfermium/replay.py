@@ -29,7 +29,7 @@ from .train import TrainConfig, chosen_device
 
 GENERATED = "generated"
 NEW, OLD = "new", "base"  # parts of what is learned together
-ASIDE = 0.1  # of the replayed structures, for the ledger
+ASIDE = 0.1  # of what there is to replay, at least, for the ledger
 FEWEST, COPIES, MOST = 200, 4, 2_000  # structures that are generated, and copies of each at least
 RATTLE = (0.01, 0.1)  # Å, between which the standard deviation of displacements is drawn for each copy
 STRAIN = 0.02  # standard deviation of each component
@@ -113,11 +113,11 @@ def beside(
 
     Heads of both start as they are: those of `model` aligned, those of the base as it has them. The smaller of the two
     sets is repeated, so that batches have about as many structures of each. Structures that match `held_out` or
-    `ledger` are left out. Without `ledger` a tenth of the structures is set aside for one.
+    `ledger` are left out. Without `ledger` at least a tenth of the structures is set aside for one.
     """
     task = _task(base)
     base = copy.deepcopy(base).to(chosen_device(config.device))
-    given, aside = _given(base, task, data, replay, ledger is None, config, verbose)
+    given, aside, said = _given(base, task, data, replay, ledger is None, config, verbose)
     named = ({}, {}) if replay.pseudo else _as_in_training(base, given, {}, {}, verbose)
     task = _with_labels(task, given, *named)
     label, unit = ({k: v for k, v in pairs.items() if k in task.labels()} for pairs in named)
@@ -150,7 +150,6 @@ def beside(
             "weight": replay.weight,
         },
     )
-    said = f"{ASIDE:.0%} of the replayed structures"
     return found, None if aside is None else Ledger(base, aside, config, said, pseudo=replay.pseudo)
 
 
@@ -276,8 +275,9 @@ def _task(base: Model) -> Objective:
 
 def _given(
     base: Model, task: Objective, data: TrainingData, replay: Replay, divide: bool, config: TrainConfig, verbose: bool
-) -> tuple[Sequence[ase.Atoms], Sequence[ase.Atoms] | None]:
-    """Structures to replay, and those set aside for a ledger; with the base's labels where these are asked for."""
+) -> tuple[Sequence[ase.Atoms], Sequence[ase.Atoms] | None, str]:
+    """Structures to replay, those set aside for a ledger, and where these are from; with the base's labels where they
+    are asked for."""
     if replay.pseudo and not task.labels():
         raise InputError(f"the base learned {task!r}, which has no labels to predict: give structures to replay alone")
     given: Sequence[ase.Atoms] = data.train if replay.generated else read(replay.source)
@@ -293,16 +293,18 @@ def _given(
         given = Subset(given, known)
 
     sides: list[Sequence[ase.Atoms]] = [given]
+    said = ""
     if divide and len(given) - len(isolated_atoms(given)) > 1:
         divided = split(given, ASIDE, seed=config.seed)
         sides = [Subset(given, divided.train), Subset(given, divided.valid)]
+        said = f"{'copies of ' if replay.generated else ''}{len(divided.valid)} of {len(given)} structures, set aside"
         if verbose:
             console.print(f"Ledger: {divided.reason.replace('validate', 'are set aside')}")
     if replay.pseudo:
         sides = [generated(s, config.seed) if replay.generated else [_bare(atoms) for atoms in s] for s in sides]
         options: dict[str, Any] = {"edges": config.edges, "device": config.device, "verbose": verbose}
         sides = [predict(base, side, **options) for side in sides]
-    return sides[0], sides[1] if len(sides) > 1 else None
+    return sides[0], sides[1] if len(sides) > 1 else None, said
 
 
 def _with_labels(
