@@ -31,6 +31,13 @@ def test_without_a_terminal_progress_is_told_in_lines(monkeypatch, terminal):
     assert 10 < len(said) < 30
 
 
+def test_names_are_whole_where_a_table_has_little_room():
+    console = Console(file=io.StringIO(), width=30)
+    console.print(table("errors", [dict.fromkeys(("labels", "scratch", "scratch_long"), "1")]))
+    shown = console.file.getvalue()
+    assert "…" not in shown and "_" in shown
+
+
 def test_nothing_is_told_of_what_is_short_or_silent(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=False)
     with bars.Bars(console=console) as shown:
@@ -68,3 +75,21 @@ def test_control_characters_of_foreign_files_are_shown_and_not_sent():
     assert not any(sent in said for sent in ("\x1b[2J", "\x1b[3J", "\x07", "\x9b", "\x1b]0", "\x1b[31m"))
     assert "energy\N{REPLACEMENT CHARACTER}[2J" in said and "key\N{REPLACEMENT CHARACTER}]0;title" in said
     assert "\x1b[?25l" in said and "reading \N{REPLACEMENT CHARACTER}" in said, "what steers the bar is sent"
+
+
+def test_runs_of_the_same_data_say_it_once():
+    shown = Terminal(file=io.StringIO(), width=80)
+
+    @shown.once()
+    def speak(deeper: int) -> None:
+        shown.print(table("labels", [{"key": "energy", "n": 1}]))
+        shown.print(f"[bold]rung {deeper}[/bold]")
+        shown.print()
+        if deeper:
+            speak(deeper - 1)
+
+    speak(2)
+    speak(0)
+    said = shown.file.getvalue()
+    assert said.count("energy") == 2 and [said.count(f"rung {k}") for k in range(3)] == [2, 1, 1]
+    assert said.count("\n\n") == 4

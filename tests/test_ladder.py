@@ -65,6 +65,13 @@ def test_a_shift_of_references_needs_no_training() -> None:
     assert table_of(climb(tm.Potential(), steps=1, lr=1e-9))["taken"] == "aligned"
 
 
+def test_options_of_training_reach_the_rungs_that_train(tmp_path: Path) -> None:
+    climb(out=tmp_path / "run", steps=1, lr=0.01)
+    configs = {name: json.loads((tmp_path / "run" / "rungs" / name / "config.json").read_text()) for name in RUNGS}
+    rates = {name: config["train"]["lr"] for name, config in configs.items() if config["train"]["steps"]}
+    assert rates == dict.fromkeys(["head", "lora", "full"], 0.01)
+
+
 def test_a_base_that_is_right_already_stays_as_it_is() -> None:
     base = potential()
     taught = tm.predict(base, alloys(20, seed=1), verbose=False)

@@ -216,6 +216,12 @@ class TestZeroSteps:
             assert np.array_equal(after.get_stress(), before.get_stress())
         assert shifts["Cu"] - shifts["Au"] == pytest.approx(3 * shift, abs=0.5)
 
+    @pytest.mark.parametrize("strategy", ["zero-shot", "aligned", "probe"])
+    @pytest.mark.parametrize("name", ["lr", "layer_decay", "l2_to_base"])
+    def test_options_of_training_are_refused_where_nothing_is_trained(self, strategy, name):
+        with pytest.raises(tm.InputError, match=f"'{strategy}' does no step of training, so {name}=0.5 would change"):
+            tuned(gap_model(), tm.Property("gap"), strategy=strategy, **{name: 0.5})
+
     @pytest.mark.parametrize("base", [potential, gap_model])
     def test_without_alignment_every_bit_is_the_same(self, base):
         objective = tm.Potential() if base is potential else tm.Property("gap")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from rich.table import Table
 
 T = TypeVar("T")
 
@@ -22,9 +24,28 @@ UNSEEN = dict.fromkeys(
 class Terminal(Console):
     """Shows control characters, which keys and ids of foreign files may hold, instead of sending them."""
 
+    heard: set[str] | None = None  # what was printed already, where it is to be printed once
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.heard is not None and all(isinstance(one, str | Text | Table) for one in objects):
+            said = "".join(segment.text for one in objects for segment in self.render(one))
+            if said.strip() and said in self.heard:
+                return
+            self.heard.add(said)
+        super().print(*objects, **options)
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Within it nothing is printed twice, as where several runs would say the same of the same data."""
+        before, self.heard = self.heard, set() if self.heard is None else self.heard
+        try:
+            yield
+        finally:
+            self.heard = before
 
 
 def visible(text: str) -> str:
@@ -70,13 +91,10 @@ def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of named cells as a table; numbers are right-aligned."""
-    from rich.table import Table
-    from rich.text import Text
-
     result = Table(title=Text(title), title_justify="left", header_style="bold")
     for name in rows[0] if rows else ():
         numeric = not isinstance(rows[0][name], str)
-        result.add_column(Text(visible(name)), justify="right" if numeric else "left")
+        result.add_column(Text(visible(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else visible(str(v))) for v in row.values()))
     return result

@@ -31,7 +31,7 @@ from .replay import Ledger, beside, check_ledger, chosen_replay
 from .run import fingerprint, leaving_nothing
 from .stage import claimed, configured, lasting, rehearsed, trained
 from .teacher import taught
-from .train import chosen_device
+from .train import TrainConfig, chosen_device
 from .unseen import check_policy, settle_unseen, unseen_in_words
 
 
@@ -139,6 +139,7 @@ def pretrain(
 
 
 @leaving_nothing
+@console.once()  # rungs of a ladder would repeat what is said of the data
 def finetune(
     base: str | Path | Model,
     structures: Source | Mapping[str, Source],
@@ -193,7 +194,7 @@ def finetune(
         replay_weight: of the base's loss where that of the new one has weight one; 1 by default.
         pseudo: the base labels the structures of `replay`, whatever labels they have.
         ledger: structures with labels of the base's task, on which errors before and after are reported; of what is
-            replayed a tenth by default, with no material on both sides.
+            replayed at least a tenth by default, with no material on both sides.
         align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
         unseen: what of the references of elements that no new label has, where `align` moves the others: "refuse"
             energies with them later on; take those of isolated atoms in the data ("isolated"); move them by the mean
@@ -202,6 +203,7 @@ def finetune(
 
     The other arguments, and what is raised, are those of `pretrain`.
     """
+    _check_idle(strategy, config)
     given = dict(locals())  # all arguments, so that every rung of a ladder is asked the same
     distributed.join()
     _check_objective(objective)
@@ -290,6 +292,24 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+OF_STEPS = ("lr", "layer_decay", "l2_to_base")  # options of training that change nothing without a step
+
+
+def _check_idle(strategy: str, config: Mapping[str, Any]) -> None:
+    """Refuse options of training where nothing is trained."""
+    for name in _idle(strategy):
+        if config.get(name) not in (None, getattr(TrainConfig, name)):
+            raise InputError(
+                f"strategy '{strategy}' does no step of training, so {name}={config[name]} would change nothing: leave "
+                "one out"
+            )
+
+
+def _idle(strategy: str) -> tuple[str, ...]:
+    """Options that change nothing."""
+    return OF_STEPS if STRATEGIES.get(strategy, {}).get("steps") == 0 else ()
+
+
 def _with_strategy(strategy: str, objective: Objective, config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of training with those that the strategy stands for."""
     if strategy not in STRATEGIES:
@@ -317,7 +337,8 @@ def _chosen_rank(strategy: str, rank: int | None) -> int | None:
 
 def _rung(given: Mapping[str, Any], strategy: str, out: Path | None) -> Model:
     """The same call of `finetune` with one strategy of the ladder, and the options that it leaves open."""
-    config = {name: value for name, value in given["config"].items() if name not in STRATEGIES[strategy]}
+    fixed = {*STRATEGIES[strategy], *_idle(strategy)}
+    config = {name: value for name, value in given["config"].items() if name not in fixed}
     own = {"strategy": strategy, "out": out, "rank": given["rank"] if strategy == "lora" else None}
     return finetune(**{**{name: value for name, value in given.items() if name != "config"}, **own, **config})
 
