@@ -80,6 +80,24 @@ class TestForms:
         history = tm.load("RUN2/model.safetensors").card["history"]
         assert [stage["verb"] for stage in history] == ["pretrain", "finetune"]
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "--sizes 5,10 20 --rates 1e-3,2e-3 --arms head,full aligned --base-sizes 30,60",
+            "--sizes 5 10 20 --rates 1e-3 2e-3 --arms head full aligned --base-sizes 30 60",
+            "--config lists.yaml",
+        ],
+    )
+    def test_lists_of_a_curve(self, monkeypatch, options):
+        given = {}
+        monkeypatch.setattr("transfermium.study.curve.curve", lambda *_, **options: given.update(options))
+        lists = {"sizes": [5, 10, 20], "rates": [0.001, 0.002], "arms": ["head", "full", "aligned"]}
+        lists["base_sizes"] = [30, 60]
+        Path("lists.yaml").write_text(yaml.safe_dump(lists))
+        run(f"curve a.extxyz --objective Potential --base-data b.extxyz --out X {options}")
+        assert {name: given[name] for name in lists} == lists
+        assert given["pretraining"] is given["tuning"] is None
+
     def test_finetune_options(self):
         run(
             "finetune potential.safetensors a.extxyz --objective Potential --objective.forces 10 --align false "
@@ -312,6 +330,19 @@ class TestErrors:
                 "finetune potential.safetensors a.extxyz --objective Potential --backbone PaiNN --out X",
                 "no option --bac",
             ),
+            (
+                "finetune potential.safetensors a.extxyz --objective Potential --strategy aligned --lr 0.1 --out X",
+                "strategy 'aligned' does no step of training, so lr=0.1 would change nothing",
+            ),
+            (
+                "curve a.extxyz --objective Potential --base small --out X --budget 30min --tuning 300steps",
+                "a budget shares out the time of both stages, but 300steps is given for one",
+            ),
+            (
+                "curve a.extxyz --objective Potential --base small --out X --base-unit energy=hartree",
+                "base_unit is of bases that are pre-trained here",
+            ),
+            ("curve a.extxyz --objective Potential --base small --out X --rates 1e-3,x", "--rates has 'x'"),
             ("evaluate potential.safetensors", "evaluate needs data"),
             ("evaluate potential.safetensors a.extxyz --jsn", "no option --jsn; did you mean --json"),
             ("evaluate potential.safetensors c.extxyz --json", "c.extxyz: no such file"),

@@ -255,6 +255,7 @@ def bakeoff(arguments: Arguments) -> None:
     backbones = None if backbone is None else {type(backbone).__name__: backbone}
     as_json = pairs.pop("json")
     data, out = pairs.pop("data"), pairs.pop("out")
+    pairs |= {"rates": _numbers("rates", pairs["rates"], float)}
     result = run(data, targets, out, backbones=backbones, quiet=as_json, **{**pairs, **cheap})
     if as_json:
         _print_json(result)
@@ -266,7 +267,8 @@ def curve(arguments: Arguments) -> None:
 
     pairs = _with_pairs(arguments, ("label", "unit", "base_label", "base_unit"))
     as_json = pairs.pop("json")
-    pairs |= {name: _numbers(name.replace("_", "-"), pairs[name]) for name in ("sizes", "base_sizes")}
+    pairs |= {name: _numbers(name, pairs[name]) for name in ("sizes", "base_sizes")}
+    pairs |= {"rates": _numbers("rates", pairs["rates"], float), "arms": _apart(pairs["arms"])}
     result = run(pairs.pop("data"), pairs.pop("objective"), pairs.pop("out"), quiet=as_json, **pairs)
     if as_json:
         _print_json(result)
@@ -606,23 +608,22 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     help = "what bases learn of them; as --objective by default"
     parser.add_subclass_arguments(Objective, "base_objective", required=False, help=help)
     help = "numbers of structures to pre-train on, for a curve over them too"
-    parser.add_argument("--base-sizes", nargs="+", type=str, default=None, help=help)
+    parser.add_argument("--base-sizes", nargs="+", type=int | str, default=None, help=help)
     help = "the architecture of bases, a small TensorNet by default"
     parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
     parser.add_argument("--out", type=str, required=True, help="folder of the study; the same command resumes")
-    parser.add_argument(
-        "--arms", nargs="+", type=str, default=["scratch", "aligned", "full"], help="ways to use a base, and scratch"
-    )
+    help = "ways to use a base, and scratch: scratch,aligned,full or scratch aligned full"
+    parser.add_argument("--arms", nargs="+", type=str, default=["scratch", "aligned", "full"], help=help)
     help = "a cheap label of the same property, for the arm delta and for baselines"
     parser.add_argument("--cheap", type=str, default=None, help=help)
-    help = "numbers of labels, 5,10,20 or 5 10 20; doubled from ten on by default"
-    parser.add_argument("--sizes", nargs="+", type=str, default=None, help=help)
+    help = "numbers of labels, 5,10,20 or 5 10 20; doubled from ten on by default, or four of them where that is fewer"
+    parser.add_argument("--sizes", nargs="+", type=int | str, default=None, help=help)
     parser.add_argument("--seeds", type=int, default=3, help="of labels, weights and bases")
     parser.add_argument("--test", nargs="+", type=str, default=None, help="test structures; or a fifth of the data")
     parser.add_argument("--split-key", type=str, default=None, help="or those that KEY names, or KEY=VALUE")
-    help = "of each pre-training: processor time, operations such as 20TFLOP, or a number such as 800steps"
-    parser.add_argument("--pretraining", type=str, default="5min", help=help)
-    parser.add_argument("--tuning", type=str, default="30s", help="of each fine-tuning, likewise")
+    help = "of each pre-training: processor time, operations such as 20TFLOP, or 800steps; 5min by default"
+    parser.add_argument("--pretraining", type=str, default=None, help=help)
+    parser.add_argument("--tuning", type=str, default=None, help="of each fine-tuning, likewise; 30s by default")
     help = "or the time of the whole study, such as 30min; the worse half of the arms is dropped after each seed"
     parser.add_argument("--budget", type=str, default=None, help=help)
     parser.add_argument("--target", type=str, default=None, help="an error to reach, such as 43meV/atom")
@@ -637,7 +638,8 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
 
 def _study_arguments(parser: Parser) -> None:
     """What all studies take."""
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 5e-4], help="learning rates that arms try")
+    help = "learning rates that arms try, 2e-3,5e-4 or 2e-3 5e-4"
+    parser.add_argument("--rates", nargs="+", type=float | str, default=[2e-3, 5e-4], help=help)
     parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
     parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
     parser.add_argument("--workers", type=int, default=None, help="cells at once")
@@ -740,13 +742,23 @@ def _valid_by_part(arguments: Arguments) -> Arguments:
     return {**arguments, "valid": _by_part(valid, arguments["objective"])} if valid else arguments
 
 
-def _numbers(option: str, words: list[str] | None) -> list[int] | None:
-    """Whole numbers, given as 5 10 20 or as 5,10,20."""
-    found = [number for word in words or [] for number in word.split(",") if number]
-    for number in found:
-        if not number.isdigit():
-            raise InputError(f"--{option} has '{number}', which is no whole number: give them as 5,10,20")
-    return None if words is None else [int(number) for number in found]
+def _numbers(option: str, words: Sequence[Any] | None, kind: type[int | float] = int) -> list[int | float] | None:
+    """Numbers, given as 5 10 20 or as 5,10,20."""
+    if words is None:
+        return None
+    found = []
+    for word in _apart(words):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            wanted = "whole number: give them as 5,10,20" if kind is int else "number: give them as 2e-3,5e-4"
+            raise InputError(f"--{option.replace('_', '-')} has '{word}', which is no {wanted}") from None
+    return found
+
+
+def _apart(words: Sequence[Any]) -> list[str]:
+    """What is given as a b c or as a,b,c."""
+    return [part for word in words for part in str(word).split(",") if part]
 
 
 def _with_pairs(arguments: Arguments, options: Sequence[str] = ("label", "unit")) -> Arguments:

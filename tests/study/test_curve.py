@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -18,11 +19,12 @@ from transfermium.data.split import independent
 from transfermium.errors import InputError
 from transfermium.model import load
 from transfermium.report import need_viewer
-from transfermium.study.curve import Study, chosen_sizes, curve, validation_error
-from transfermium.study.curve_laws import Curves, goal_of, summary
-from transfermium.study.curve_page import worths
+from transfermium.study.curve import curve
+from transfermium.study.curve_laws import Curves, goal_of, runs_in_words, summary
+from transfermium.study.curve_page import page, worths
+from transfermium.study.curve_study import Study, chosen_sizes, validation_error
 from transfermium.study.judged import absolute
-from transfermium.study.points import valid_fraction
+from transfermium.study.points import valid_fraction, validating_in_words
 
 
 def points(arm, law, sizes, seeds=3, n_pretraining=None, scatter=0.02, n_test=40):
@@ -124,7 +126,7 @@ class TestSummary:
 
     def test_what_is_needed_is_not_told_as_a_negative_number(self):
         few = SIZES[:3]
-        curves = Curves(points("scratch", scratch, few) + points("full", worth_four, few, scatter=0.3))
+        curves = Curves(points("scratch", scratch, few) + points("full", worth_four, few, scatter=0.1))
         law = curves.fit(("full", None), "gap", (0, 1, 2))
         error = float(law.predict([25])[0])
         assert law.inverse(error).low < 20  # the labels at hand lie in the interval
@@ -156,7 +158,7 @@ class TestSummary:
 
     def test_classes_that_are_never_wrong_count_half_a_mistake(self):
         perfect = points("full", lambda n: 0.0, SIZES)
-        curves = Curves(points("scratch", scratch, SIZES) + perfect)
+        curves = Curves([{**p, "units": {"gap": "wrong"}} for p in points("scratch", scratch, SIZES) + perfect])
         assert np.allclose(curves.errors(("full", None), "gap").mean(axis=2), 0.5 / 40)
 
 
@@ -248,11 +250,40 @@ def test_the_validation_error_of_what_was_learned_counts():
     assert validation_error(("full", None), both, ["energy", "forces"]) == pytest.approx(3.0)
 
 
+def test_arms_are_chosen_by_the_quantity_of_the_target(tmp_path, monkeypatch):
+    found = {}
+
+    def measured(study, fan_out, halving):
+        found["judged"] = study.judged
+        return [
+            {**p, "errors": {q: p["errors"]["gap"] for q in UNITS}, "units": UNITS, "validation": errors}
+            for arm, errors in VALIDATED.items()
+            for p in points(arm, scratch, [5, 10, 16], seeds=2, n_test=study.n_test)
+        ]
+
+    monkeypatch.setattr(Study, "run", measured)
+    monkeypatch.setattr(Study, "baselines", lambda *_: [])
+    monkeypatch.setattr(Study, "example", lambda *_: None)
+    for target, arm in ((None, "full"), ("20meV/Å", "full"), ("20meV/atom", "head")):
+        result = small(tmp_path, arms=["full", "head"], target=target)
+        assert f", {arm}: " in result["verdict"]
+    cases = [(arm, None) for arm in VALIDATED]
+    said = measured(SimpleNamespace(judged=["energy"], n_test=4), {}, False)
+    assert Study._halved(SimpleNamespace(judged=["energy"], dropped=[]), cases, said) == [cases[0], cases[2]]
+
+
+VALIDATED = {
+    "scratch": {"forces": 1.0, "energy_per_atom": 1.0},
+    "full": {"forces": 0.45, "energy_per_atom": 0.1},
+    "head": {"forces": 0.5, "energy_per_atom": 0.01},
+}
+
+
 def test_the_sizes_of_the_base_of_an_arm_are_dropped_together():
     cases = [("scratch", None), ("head", 60), ("full", 30), ("full", 60)]
     errors = {("scratch", None): 9.0, ("head", 60): 2.0, ("full", 30): 3.0, ("full", 60): 1.0}
     said = [p for (arm, m), e in errors.items() for p in points(arm, lambda n, e=e: e, [10], n_pretraining=m)]
-    study = SimpleNamespace(wanted=["gap"], dropped=[])
+    study = SimpleNamespace(judged=["gap"], dropped=[])
     assert Study._halved(study, cases, said) == [("scratch", None), ("full", 30), ("full", 60)]
     assert study.dropped == ["head (60)"]
 
@@ -268,6 +299,9 @@ SMALL = {
     "base_data": alloys(30, seed=7), "backbone": tm.PaiNN(8, 1, 4.0, 6), "sizes": [5, 10, 16], "seeds": 2,
     "pretraining": "6steps", "tuning": "4steps", "rates": [2e-3], "edges": 400, "quiet": True,
 }  # fmt: skip
+
+
+OF_BASES = {"base_data": None, "backbone": None, "pretraining": None}  # which a finished base makes needless
 
 
 def small(out, **changes):
@@ -336,13 +370,18 @@ class TestCurve:
         assert "http" not in html.split("</style>")[-1].replace("https://doi.org", "").replace("http://www.w3.org", "")
 
     def test_labels_are_nested_and_counted(self, study):
-        out, _ = study
+        out, result = study
         for seed in (0, 1):
             runs = {n: next(out.glob(f"cells/point-scratch-{n}-{seed}-*/run")) for n in (5, 10, 16)}
             splits = {n: json.loads((run / "split.json").read_text()) for n, run in runs.items()}
             for n, found in splits.items():
                 assert len(found["train"]) + len(found["valid"]) == n
                 assert (len(found["valid"]) >= 2) == (n >= 10)
+                if n >= 10:
+                    assert result["validation labels"][str(n)][seed] == len(found["valid"])
+        assert list(result["validation labels"]) == ["10", "16"]
+        page = (out / "report.html").read_text()
+        assert f"are counted: {validating_in_words(result['validation labels'])}; below 10" in page
 
     def test_no_test_structure_is_among_the_labels_or_in_the_base(self, study):
         out, result = study
@@ -356,6 +395,12 @@ class TestCurve:
         before = {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")}
         assert small(out, target="100meV/Å", cost_per_label="30min", base_sizes=[10, 25]) == result
         assert {file: file.stat().st_mtime_ns for file in out.glob("cells/*/result.json")} == before
+
+    def test_what_is_done_is_not_priced_again(self, study, capsys):
+        out, _ = study
+        for seeds, said in ((2, "Nothing is left to train (22 are done already)"), (3, "2 pre-trainings and 9 fine-")):
+            small(out, base_sizes=[10, 25], seeds=seeds, dry_run=True)
+            assert said in " ".join(capsys.readouterr().err.split())
 
     def test_aligned_does_not_depend_on_what_trains(self, study):
         out, _ = study
@@ -374,6 +419,7 @@ def test_structures_that_test_are_taken_out_of_the_base(tmp_path):
     result = small(tmp_path, base_data=[*alloys(12, seed=7), *tests], test=tests, sizes=[5], seeds=1)
     assert result["leaks"].startswith("4 of 16")
     assert "One size makes no curve" in result["verdict"]
+    assert re.search(r"At 5 labels errors of forces with \w+ are [\d.]+ times those from scratch \(", result["verdict"])
 
 
 def test_frames_of_one_system_are_compared_frame_by_frame(tmp_path):
@@ -400,19 +446,22 @@ def test_frames_of_one_system_are_compared_frame_by_frame(tmp_path):
 
 def test_a_base_that_exists(tmp_path):
     base = tm.pretrain(alloys(20, seed=7), tm.Potential(), tm.PaiNN(8, 1, 4.0, 6), steps=4, edges=400, verbose=False)
+    options = {**OF_BASES, "sizes": [5, 10], "arms": ["zero-shot", "head", "full"]}
+    base.card["levels"] = {"PBE": 20}
     base.save(tmp_path / "base.safetensors")
-    options = {"base_data": None, "backbone": None, "sizes": [5, 10], "arms": ["zero-shot", "head", "full"]}
     first = small(tmp_path / "a", base=base, **options)
     second = small(tmp_path / "b", base=tmp_path / "base.safetensors", **options)
     errors = {row["mae"] for row in first["errors"] if row["arm"] == "zero-shot" and row["quantity"] == "forces"}
     assert len(errors) == 1  # no label changes it
     assert [row["mae"] for row in first["errors"]] == [row["mae"] for row in second["errors"]]
     assert "not compared with the test structures" in first["base"]
+    assert first["theory"]["base"] == second["theory"]["base"] == "PBE (20)"
 
 
 def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path, monkeypatch):
-    monkeypatch.setattr("transfermium.study.curve.LEAST", 0.1)
-    options = {"budget": "5s", "sizes": [10, 12], "seeds": 2, "arms": ["head", "full", "aligned"]}
+    monkeypatch.setattr("transfermium.study.curve_study.LEAST", 0.1)
+    shared = {"budget": "5s", "pretraining": None, "tuning": None}
+    options = {**shared, "sizes": [10, 12], "seeds": 2, "arms": ["head", "full", "aligned"]}
     result = small(tmp_path, **options)
     assert len(result["dropped"]) == 1
     assert result["dropped"][0] in ("head", "full")
@@ -427,6 +476,23 @@ def test_a_dry_run_computes_nothing(tmp_path, capsys):
     assert small(tmp_path, dry_run=True, pretraining="1min", tuning="30s") == {}
     assert not list(tmp_path.iterdir())
     assert "2 pre-trainings and 12 fine-tunings: at most 0.13 hours" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pretraining": "1min"}, "2 pre-trainings and 12 fine-tunings: 1min of processor time for each pre-training"),
+        ({**OF_BASES, "base": "small", "tuning": "5min"}, "12 fine-tunings: at most 1 hours"),
+        ({**OF_BASES, "base": "small"}, "12 fine-tunings: 4 steps for each fine-tuning"),
+        ({}, "Only 2 materials test: intervals will be wide"),
+        ({"sizes": [5]}, "One size makes no curve: errors will be compared"),
+        ({}, "more than a third of the labels only validate: 4 to 5 of 10"),
+        ({"arms": ["replay"]}, "5 of 27 are set aside to measure what the arm 'replay' forgets"),
+    ],
+)
+def test_what_a_study_takes_and_what_will_be_vague_is_said_before(tmp_path, capsys, changes, said):
+    small(tmp_path, **{**changes, "dry_run": True, "quiet": False})
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 ONE = {"sizes": [5], "seeds": 1, "pretraining": "2steps", "tuning": "2steps"}
@@ -546,6 +612,7 @@ def test_a_difference_from_a_cheap_label(tmp_path):
     errors = {row["arm"]: row["mae"] for row in [*result["baselines"], *result["errors"]]}
     assert errors["cheap value"] > 3 > 1 > errors["constant shift"] > errors["per-element shift"]
     assert errors["delta"] < 0.2 * errors["cheap value"]  # it begins with the mean difference
+    assert "Without a network, the per-element shift makes smaller errors of dear at 8 labels" in result["verdict"]
     assert result["baselines from"] == "through the label v"
     assert {row["unit"] for row in result["errors"]} == {""}
 
@@ -590,12 +657,13 @@ def test_structures_are_beside_the_parity_plot(study):
         ({"base_sizes": [10, 1000]}, "cannot be taken from 27"),
         ({"seeds": 0}, "at least one"),
         ({"rates": []}, "no learning rate"),
-        ({"budget": "3s"}, "give more time"),
+        ({"budget": "3s", "pretraining": None, "tuning": None}, "give more time"),
         ({"arms": ["delta"]}, "learned of a property"),
         ({"cheap": "dft"}, "learned of a property"),
-        ({"base_data": None, "base": "small", "arms": ["replay"]}, "give them as base_data"),
-        ({"base_data": None, "base": "small", "arms": ["scratch_long"]}, "was not measured here"),
+        ({**OF_BASES, "base": "small", "arms": ["replay"]}, "give them as base_data"),
+        ({**OF_BASES, "base": "small", "arms": ["scratch_long"]}, "was not measured here"),
         ({"cost_per_label": 0}, "must cost something"),
+        ({"cost_per_label": "inf"}, "must cost something"),
         ({"margin": 0}, "margin is 0, but must be above zero"),
         ({"test": [*alloys(5, seed=9), *without(alloys(1, seed=10), "stress")], "target": "1GPa"}, "target error"),
         ({"split_key": "nothing"}, "nothing"),
@@ -604,7 +672,21 @@ def test_structures_are_beside_the_parity_plot(study):
         ({"test": alloys(1, seed=11)}, "one test structure gives no interval"),
         ({"base_label": {"energy": "E_pbe"}}, "to pre-train on: .*E_pbe"),
         ({"target": "1..2"}, "not a number above zero"),
-        ({"base_data": None, "base": "small", "base_sizes": [3]}, "pre-trained here"),
+        ({**OF_BASES, "base": "small", "base_sizes": [3]}, "base_sizes is of bases that are pre-trained here"),
+        ({**OF_BASES, "base": "small", "pretraining": "3min"}, "pretraining is of bases that are pre-trained here"),
+        ({**OF_BASES, "base": "small", "base_label": {"energy": "e"}}, "base_label is of bases"),
+        ({**OF_BASES, "base": "small", "base_unit": {"energy": "eV"}}, "base_unit is of bases"),
+        ({"budget": "30min", "tuning": None}, "a budget shares out .* 6steps is given"),
+        ({"budget": "30min", "pretraining": None}, "a budget shares out .* 4steps is given"),
+        ({"part": "dft"}, "no part 'dft': leave it out"),
+        (
+            {"part": "pbe", "base_objective": tm.Together({"dft": tm.Potential(), "noise": tm.Denoise(0.1)})},
+            "no part 'pbe': choose among dft, noise",
+        ),
+        (
+            {"base_sizes": [25], "arms": ["replay"]},
+            "cannot be taken from 22 structures .5 of 27 are set aside .*'replay'",
+        ),
     ],
 )
 def test_what_makes_no_curve(tmp_path, changes, said):
@@ -612,7 +694,94 @@ def test_what_makes_no_curve(tmp_path, changes, said):
         small(tmp_path, **changes)
 
 
-def test_sizes_are_doubled_from_ten_on():
-    assert chosen_sizes(None, 45) == [10, 20, 40]
-    assert chosen_sizes(None, 7) == [7]
+def test_sizes_are_doubled_from_ten_on_where_that_makes_four():
+    assert chosen_sizes(None, 200) == [10, 20, 40, 80, 160]
+    assert chosen_sizes(None, 79) == [5, 13, 31, 79]
+    assert chosen_sizes(None, 39) == [5, 10, 20, 39]
+    assert chosen_sizes(None, 7) == [5, 6, 7]
+    assert chosen_sizes(None, 5) == [5]
     assert chosen_sizes([20, 5, 20], 45) == [5, 20]
+
+
+class TestVerdict:
+    """What is said of labels at hand, of runs that diverged, and of what is not known."""
+
+    def told(self, transfer, own=scratch, sizes=SIZES[:4], **options):
+        """Of arms that follow these laws, with the error of scratch at 60 labels as the goal."""
+        scatter = options.pop("scatter", 0.02)
+        both = points("scratch", own, sizes) + points("full", transfer, sizes, scatter=scatter)
+        options = {"goal": goal_of(own(60), UNIT), "labels": 100, **options}
+        return summary(Curves(both), chosen=("full", None), **options)["verdict"]
+
+    def test_labels_are_counted_from_scratch_where_pretraining_does_not_help(self):
+        worse = self.told(lambda n: 3 * scratch(n))
+        assert "makes errors larger" in worse
+        assert "From scratch: the 100 labels at hand are " in worse and "missing" not in worse
+        assert "From scratch" not in self.told(worth_four)
+
+    def test_both_arms_are_told_where_curves_cross(self):
+        crossed = self.told(lambda n: 0.8 * n**-0.05, lambda n: 6 * n**-0.8)
+        assert "helps with 10 labels" in crossed and "hurts with 80" in crossed
+        assert "From scratch: the 100 labels at hand are " in crossed
+        assert crossed.endswith("With full: with 100 labels at hand, more than 220 are missing.")
+
+    def test_intervals_are_part_of_what_is_missing(self):
+        missing = self.told(worth_four, goal=goal_of(scratch(1500), UNIT), scatter=0.1)
+        assert re.search(r"With 100 labels at hand, (more than )?[\d.]+ \(.* to more than 220\)", missing)
+        enough = self.told(worth_four, goal=goal_of(scratch(340), UNIT), scatter=0.1)
+        assert re.search(r"are probably enough, though it may take (more than )?[\d.]+\.", enough)
+
+    def test_nothing_is_said_without_bounds(self):
+        vague = self.told(lambda n: 0.9 * scratch(n), scatter=1.0)
+        assert "With full: whether the 100 labels at hand are enough cannot be said." in vague
+
+    def test_runs_that_diverged_are_told(self):
+        every = points("scratch", scratch, SIZES) + points("full", worth_four, SIZES)
+        lost = [("full", 160, 0), ("full", 160, 2)]
+        broken = [{**p, "errors": None} if (p["arm"], p["n_train"], p["seed"]) == lost[0] else p for p in every]
+        result = summary(Curves(broken), chosen=("full", None), labels=160)
+        assert result["diverged"] == [["full", 160, 0]]
+        said = "Runs that diverged are left out: full at 160 labels (seed 0)"
+        assert f"{said}; compared are 2 of 3 seeds." in result["verdict"]
+        assert summary(Curves(every), chosen=("full", None), labels=160)["diverged"] == []
+        assert runs_in_words(lost) == "full at 160 labels (seeds 0, 2)"
+
+    def test_an_exact_regression_is_better_than_any_other(self):
+        exact = points("full", lambda n: small_error(n) * (n < 80), SIZES[:4])
+        curves = Curves(points("scratch", small_error, SIZES[:4]) + exact)
+        assert curves.errors(("full", None), "gap")[:, -1].max() < curves.errors(("scratch", None), "gap").min()
+
+
+UNIT = {"gap": "eV"}
+
+
+def small_error(n):
+    return 1e-4 * scratch(n)
+
+
+@pytest.mark.parametrize("unit", ["eV/Ang", "eV/Angstrom", "eV/A", "eV/Å"])
+def test_spellings_of_angstrom(unit):
+    assert goal_of(f"0.1 {unit}", UNITS) == ("forces", pytest.approx(0.1))
+
+
+def test_what_is_no_angstrom_is_left_as_it_is():
+    with pytest.raises(InputError, match="has the unit meV/Atom,"):
+        goal_of("43meV/Atom", UNITS)
+    with pytest.raises(InputError, match="not a number above zero"):
+        goal_of("1e999", UNITS)
+
+
+def test_the_page_says_what_is_not_known(study, tmp_path):
+    def shown(changes):
+        path = page({**study[1], **changes}).write(tmp_path / "report.html")
+        return " ".join(path.read_text().split())
+
+    assert "test structures that no model has seen" in shown({})
+    unbounded = [{"n_train": 5, "said": "2 (without bounds)", "value": 2, "ci": [None, None]}]
+    factors = {quantity: {"full": unbounded} for quantity in study[1]["units"]}
+    changes = {"base sizes": [], "diverged": [["full", 5, 1]], "factors": factors}
+    told = shown({**changes, "scarce": {quantity: {"full": "independent test structures"} for quantity in factors}})
+    assert "test structures (whether the base has seen them is not known)" in told
+    assert "Runs that diverged are left out: full at 5 labels (seed 1)" in told
+    assert "no bounds at any size for full, mostly for want of independent test structures." in told
+    assert "no bounds at any size for full." in shown({**changes, "scarce": {}})

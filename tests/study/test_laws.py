@@ -127,6 +127,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say(n_seeds: int) -> None:
     assert wrong < 0.91  # so the test can fail
 
 
+@pytest.mark.parametrize(("floor", "n_seeds"), [(0.1, 3), (0.1, 5), (0.0, 3), (0.0, 5)])
+def test_four_sizes_that_cannot_show_a_floor_do_not_hide_it(floor: float, n_seeds: int) -> None:
+    sizes, rng, held = SIZES[:4], np.random.default_rng(0), []
+    for _ in range(200):
+        noise = [0.04 * (rng.normal(size=(n_seeds, 1)) + rng.normal(size=(n_seeds, 4))) for _ in range(2)]
+        transfer, scratch = (
+            fit(sizes, (floor + A * sizes**-0.7) * np.exp(own)) for A, own in zip((0.6, 1.0), noise, strict=True)
+        )
+        held.append([not factor.excludes(0.6 ** (-1 / 0.7)) for factor in factors(transfer, scratch)])
+    assert (np.mean(held, axis=0) > 0.87).all()  # at each size; power laws alone have 0.7 at the largest
+    assert 0.91 <= np.mean(held) <= 0.99
+
+
 def test_a_seed_is_one_observation_however_many_sizes_it_has() -> None:
     rng = np.random.default_rng(0)
     many = np.unique(np.geomspace(10, 320, 60).astype(int))

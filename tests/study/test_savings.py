@@ -9,7 +9,7 @@ import pytest
 from tests.learning_curves import SIZES, seeds, two_arms, width
 from transfermium.errors import InputError
 from transfermium.study.laws import Estimate, fit
-from transfermium.study.savings import factors, ratio, saved, slopes, verdict
+from transfermium.study.savings import answer, factors, ratio, saved, scarce, slopes, verdict
 
 
 def test_factors_without_noise_are_exact() -> None:
@@ -84,6 +84,7 @@ def test_the_verdict_is_one_sentence() -> None:
     helps = verdict(transfer, scratch, target=0.2, unit="eV", cost=12)
     assert helps.startswith("Pre-training helps (errors 0.")
     assert " hours; 0.2 eV takes " in helps
+    assert "from scratch_long" in verdict(transfer, scratch, against="scratch_long")
     assert verdict(scratch, transfer).startswith("Pre-training does not help here, it makes errors larger")
     assert verdict(scratch, scratch).startswith("Pre-training does not help here (")
     rng = np.random.default_rng(0)
@@ -93,6 +94,41 @@ def test_the_verdict_is_one_sentence() -> None:
     assert verdict(*alone).endswith("one seed gives no interval).")
 
 
+def test_what_helps_at_few_labels_and_hurts_at_many_is_told_to_do_both() -> None:
+    rng = np.random.default_rng(0)
+    flat, steep = (fit(SIZES, seeds(4, A, a, rng, scatter=0.01)) for A, a in ((1.0, 0.2), (5.0, 0.6)))
+    assert not ratio(flat, steep).excludes(1.0)
+    assert answer(flat, steep) == answer(steep, flat) == "both"
+    told = verdict(flat, steep, cost=2.0)
+    few, many = factors(flat, steep, [10, 320])
+    assert told.startswith(f"Pre-training helps with 10 labels, worth {few} times as many from scratch, and hurts with")
+    assert f"320, worth {many} times" in told
+    assert f"10 labels save {saved(few, 10, 2.0)} hours" in told
+    assert verdict(steep, flat).startswith("Pre-training helps with 320 labels")
+
+
+def test_hours_are_told_where_most_are_saved_for_certain() -> None:
+    sizes, rng = SIZES[:3], np.random.default_rng(0)
+    good, bad = (fit(sizes, seeds(3, A, 0.5, rng, sizes=sizes)) for A in (0.3, 3.0))
+    told = verdict(good, bad, cost=3.0)  # at 40 labels scratch ends too: more than one
+    assert "10 labels are worth more than 4 times as many from scratch and 20 labels more than 2; " in told
+    assert "10 labels save more than 90 hours" in told
+    fewer = fit(sizes[1:], np.exp(good.logs[:, 1:])), fit(sizes[:2], np.exp(bad.logs[:, :2]))
+    assert "20 labels are worth more than 1 times as many from scratch." in verdict(*fewer, cost=3.0)
+
+
+def test_what_there_is_too_little_of_is_named() -> None:
+    rng, sizes = np.random.default_rng(0), SIZES[:4]
+    cells = seeds(3, 1.0, 0.5, rng, sizes=sizes, scatter=0.01)
+    kinds = np.repeat([1.0, 40.0], 6)
+    arms = [fit(sizes, cells[..., None] * each, groups=[0] * 6 + [1] * 6) for each in (kinds, kinds[::-1] / 10)]
+    assert scarce(*arms) == "independent test structures"
+    assert "for want of independent test structures: there are 2)" in verdict(*arms)
+    noisy = [fit(sizes, seeds(3, 1.0, 0.5, rng, sizes=sizes, scatter=0.3)) for _ in range(2)]
+    assert scarce(*noisy) == "seeds"
+    assert "for want of seeds: there are 3)" in verdict(*noisy)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -100,6 +136,7 @@ def test_the_verdict_is_one_sentence() -> None:
         (lambda: ratio(fit([10, 20], [2.0, 1.0]), fit([30, 40], [2.0, 1.0])), "no size in common"),
         (lambda: slopes(*two_arms(3), margin=0.0), "nothing equal"),
         (lambda: saved(Estimate(2.0, 1.0, 3.0, 0.1, 10.0), 10, 0.0), "must cost something"),
+        (lambda: saved(Estimate(2.0, 1.0, 3.0, 0.1, 10.0), 10, math.inf), "must cost something"),
     ],
 )
 def test_what_cannot_be_compared_is_said(call: Callable[[], object], message: str) -> None:

@@ -35,6 +35,7 @@ from ..objectives import Objective
 from ..run import write_json
 
 LOCK = "lock"  # a file of each cell, held by who works on it
+RESULT = "result.json"  # another one, of a finished cell
 PAUSE = 5.0  # seconds before asking again for a cell that another command is working on
 LOOK = 0.5  # seconds between looks at what is running
 PATIENCE = 15.0  # seconds until a scheduler has answered
@@ -123,6 +124,10 @@ class Cell:
     def folder(self, out: str | Path) -> Path:
         """Where a study in the folder `out` keeps it."""
         return Path(out).resolve() / "cells" / self.name
+
+    def is_done(self, out: str | Path) -> bool:
+        """Whether a study in the folder `out` has its result."""
+        return (self.folder(out) / RESULT).exists()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cell) and self.name == other.name
@@ -277,7 +282,7 @@ def _do(folder: Path, work: Callable[..., Any], arguments: Mapping[str, Any]) ->
         except Exception as error:
             write_whole(folder / "error.txt", traceback.format_exc().encode())
             return "failed", _sentence(error)
-        write_json(folder / "result.json", {**json.loads((folder / "cell.json").read_text()), "result": result})
+        write_json(folder / RESULT, {**json.loads((folder / "cell.json").read_text()), "result": result})
         (folder / "error.txt").unlink(missing_ok=True)
         return "done", result
 
@@ -293,7 +298,7 @@ def _outcome(future: Future[tuple[str, Any]]) -> tuple[str, Any]:
 
 def _kept(folder: Path, cell: Cell | None = None) -> dict[str, Any] | None:
     """What a finished cell left in its folder; an error where a default has changed since."""
-    file = folder / "result.json"
+    file = folder / RESULT
     try:
         found: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError:

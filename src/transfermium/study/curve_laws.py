@@ -14,11 +14,12 @@ from ..errors import InputError
 from ..evaluate import PRINTED
 from .laws import Estimate, Fit, fit, fits, short, surfaces
 from .points import DELTA, DIRECT, LONG, SCRATCH, TOGETHER
-from .savings import factors, ratio, saved, slopes, verdict
+from .savings import answer, factors, ratio, saved, scarce, slopes, verdict
 
 Point = Mapping[str, Any]  # what a cell says of one point
 Arm = tuple[str, int | None]  # its name, and the number of structures of its base
 MARGIN = 0.1  # of exponents: slopes that differ by less are said to be equal
+SEVERAL = 3  # runs that are still named one by one
 DOES = {DELTA: "Learning the difference", TOGETHER: "Learning both levels together"}  # others are pre-trained
 
 
@@ -30,7 +31,8 @@ class Goal(NamedTuple):
 
 
 def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
-    """An error such as 0.05 (of the first quantity, in its unit), "43meV/atom", "50 meV/Å" or "0.5GPa".
+    """An error such as 0.05 (of the first quantity, in its unit), "43meV/atom", "50 meV/Å" or "0.5GPa"; of energies
+    it is that of one atom, also as "43meV".
 
     Args:
         units: quantity to unit, the first one is meant where no unit is given.
@@ -54,9 +56,9 @@ def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
 def number_of(text: str | float) -> tuple[float, str]:
     """The number and the unit of an error, which may be none."""
     found = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\W\d].*)?", str(text))
-    if not found or not float(found[1]) > 0:
+    if not found or not 0 < float(found[1]) < math.inf:
         raise InputError(f"the target error '{text}' is not a number above zero with a unit, such as 43meV/atom")
-    return float(found[1]), (found[2] or "").strip().replace("/A", "/Å").replace("Ang", "Å")
+    return float(found[1]), re.sub(r"/(A|Ang|Angstrom|Ångström)\b", "/Å", (found[2] or "").strip())
 
 
 def _listed(units: Mapping[str, str]) -> str:
@@ -74,6 +76,7 @@ class Curves:
 
     def __init__(self, points: Sequence[Point], groups: Sequence[Any] | None = None, learned: Sequence[str] = ()):
         self.points = [point for point in points if point["errors"]]
+        self.asked = points
         self.groups = groups
         if not self.points:
             raise InputError("all trainings diverged, so that there is no curve: try smaller learning rates (--rates)")
@@ -94,11 +97,17 @@ class Curves:
         return sorted({point["n_train"] for point in self.points if _arm(point) == arm})
 
     def errors(self, arm: Arm, quantity: str, seeds: Sequence[int] | None = None) -> np.ndarray:
-        """(n_seeds, n_sizes, n_test); where nothing is wrong, half a mistake."""
+        """(n_seeds, n_sizes, n_test); where nothing is wrong, half a mistake, or half of the least error of any arm."""
         by = {(p["seed"], p["n_train"]): p["errors"][quantity] for p in self.points if _arm(p) == arm}
         seeds = self.seeds(arm) if seeds is None else seeds
         found = np.array([[by[seed, n] for n in self.sizes(arm)] for seed in seeds], float)
-        return found + np.where(found.any(axis=2, keepdims=True), 0.0, 0.5 / found.shape[2])
+        return found + np.where(found.any(axis=2, keepdims=True), 0.0, self._half(quantity))
+
+    def _half(self, quantity: str) -> float:
+        if self.units[quantity] == "wrong":
+            return 0.5 / len(self.points[0]["errors"][quantity])
+        means = (float(np.mean(point["errors"][quantity])) for point in self.points)
+        return 0.5 * min((mean for mean in means if mean > 0), default=1.0)
 
     def _fit(self, arm: Arm, quantity: str, seeds: tuple[int, ...], form: str | None = None) -> Fit:
         return fit(self.sizes(arm), self.errors(arm, quantity, seeds), form, groups=self.groups)
@@ -122,6 +131,11 @@ class Curves:
         sizes = set(self.sizes(arm)) & set(self.sizes(scratch))
         return bool(seeds and sizes) and self.has_curve(arm) and self.has_curve(scratch)
 
+    def diverged(self, *arms: Arm) -> list[tuple[str, int, int]]:
+        """Runs without errors, as arm, size and seed; of these arms, or of all."""
+        lost = (p for p in self.asked if not p["errors"] and (not arms or _arm(p) in arms))
+        return [(name_of(_arm(p)), p["n_train"], p["seed"]) for p in lost]
+
 
 def summary(
     curves: Curves,
@@ -142,18 +156,21 @@ def summary(
         labels: how many there are now.
     """
     result: dict[str, Any] = {"units": curves.units, "fits": {}, "factors": {}, "labels needed": {}, "ratios": {}}
+    result |= {"diverged": [list(run) for run in curves.diverged()], "scarce": {}}
     others = [arm for arm in curves.arms if arm[0] != SCRATCH and curves.comparable(arm)]
     drawn = [arm for arm in curves.arms if curves.has_curve(arm)]
     for quantity in curves.quantities:
         result["fits"][quantity] = {name_of(a): [law.record() for law in curves.laws(a, quantity)] for a in drawn}
         result["factors"][quantity] = {name_of(arm): _factors(curves, arm, quantity, cost) for arm in others}
         result["ratios"][quantity] = {name_of(arm): list(ratio(*curves.pair(arm, quantity))) for arm in others}
+        result["scarce"][quantity] = {name_of(arm): scarce(*curves.pair(arm, quantity)) for arm in others}
     if longer := [arm for arm in others if arm[0] not in DIRECT and curves.comparable(arm, LONG)]:
         result["equal compute"] = {
             quantity: {
                 name_of(arm): {
                     "ratio": list(ratio(*curves.pair(arm, quantity, against=LONG))),
                     "factors": _factors(curves, arm, quantity, cost, LONG),
+                    "scarce": scarce(*curves.pair(arm, quantity, against=LONG)),
                 }
                 for arm in longer
             }
@@ -196,24 +213,47 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
     target = None if goal is None else goal.error
     what = DOES.get(chosen[0], "Pre-training")
     found = verdict(transfer, scratch, target=target, unit=unit, cost=cost, what=what)
-    said = f"{_spoken(quantity)}, {name_of(chosen)}: {found}"
+    said = f"{_spoken(quantity)}, {name_of(chosen)}: {found}{_lost(curves, chosen, len(transfer.logs))}"
     if chosen[0] not in DIRECT and curves.comparable(chosen, LONG):
-        fair = verdict(*curves.pair(chosen, quantity, against=LONG), cost=cost, what=what)
+        fair = verdict(*curves.pair(chosen, quantity, against=LONG), cost=cost, what=what, against=LONG)
         said += f" Against scratch for as long as both stages: {fair[0].lower()}{fair[1:]}"
     if goal is None:
         return said
-    needed = transfer.inverse(goal.error)
-    error = f"{short(goal.error)} {unit}".strip()
+    error, found = f"{short(goal.error)} {unit}".strip(), answer(transfer, scratch)
+    asked = {"From scratch": scratch} if found != "helps" else {}
+    asked |= {f"With {name_of(chosen)}": transfer} if found not in ("hurts", "no") else {}
+    told = {side: _at_hand(law.inverse(goal.error), error, labels) for side, law in asked.items()}
+    if found == "helps" or (len(told) > 1 and len(set(told.values())) == 1):
+        return f"{said} {told.popitem()[1]}"
+    return " ".join([said, *(f"{side}: {text[0].lower()}{text[1:]}" for side, text in told.items())])
+
+
+def _lost(curves: Curves, chosen: Arm, n_seeds: int) -> str:
+    """A sentence on runs that diverged, where there are some."""
+    arms: tuple[Arm, ...] = (chosen, (SCRATCH, None))
+    lost = curves.diverged(*arms)
+    if not lost:
+        return ""
+    asked = {point["seed"] for point in curves.asked if _arm(point) in arms}
+    count = f"; compared are {n_seeds} of {len(asked)} seeds" if n_seeds < len(asked) else ""
+    many = f"{len(lost)} of {' and '.join(dict.fromkeys(arm for arm, *_ in lost))}"
+    return f" Runs that diverged are left out: {runs_in_words(lost) if len(lost) <= SEVERAL else many}{count}."
+
+
+def _at_hand(needed: Estimate, error: str, labels: int) -> str:
+    """Whether the labels at hand are enough."""
     if needed.value == math.inf and needed.most <= labels:
-        return f"{said} The curve ends at {short(needed.most)} labels above {error}: measure more, up to {labels}."
-    if needed.value == math.inf:
-        return f"{said} With {labels} labels at hand, more than {short(needed.most - labels)} are missing."
+        return f"The curve ends at {short(needed.most)} labels above {error}: measure more, up to {labels}."
+    if needed.low == -math.inf and needed.high == math.inf:
+        return f"Whether the {labels} labels at hand are enough cannot be said."
     if needed.high <= labels:
-        return f"{said} The {labels} labels at hand are enough."
+        return f"The {labels} labels at hand are enough."
     if needed.value <= labels:
-        return f"{said} The {labels} labels at hand are probably enough, though not within the whole interval."
+        most = f"more than {short(needed.most)}" if needed.high == math.inf else short(needed.high)
+        return f"The {labels} labels at hand are probably enough, though it may take {most}."
     more = needed.times(1.0, -labels)
-    return f"{said} With {labels} labels at hand, {more._replace(low=max(more.low, 0.0))} more are needed."
+    more = more._replace(low=max(more.low, 0.0))
+    return f"With {labels} labels at hand, {more} {'are missing' if more.value == math.inf else 'more are needed'}."
 
 
 def pretraining_sizes(curves: Curves, margin: float = MARGIN) -> dict[str, Any]:
@@ -280,6 +320,17 @@ def recorded(estimate: Estimate) -> dict[str, Any]:
 def name_of(arm: Arm) -> str:
     """Its name, and of a base of so many structures their number too: full (120)."""
     return arm[0] if arm[1] is None else f"{arm[0]} ({arm[1]:,})"
+
+
+def runs_in_words(runs: Iterable[Sequence[Any]]) -> str:
+    """Of arms, sizes and seeds: "full at 20 labels (seed 1)"."""
+    seeds: dict[tuple[str, int], list[int]] = {}
+    for arm, n, seed in runs:
+        seeds.setdefault((arm, n), []).append(seed)
+    return ", ".join(
+        f"{arm} at {n:,} labels ({'seed' if len(own) == 1 else 'seeds'} {', '.join(map(str, own))})"
+        for (arm, n), own in seeds.items()
+    )
 
 
 def _arm(point: Point) -> Arm:

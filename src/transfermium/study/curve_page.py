@@ -15,8 +15,9 @@ from ..data import Labels
 from ..evaluate import PRINTED, Pairs
 from ..report import Column, Page, label_curves, label_row, parity, parity_columns
 from .bounds import in_words
+from .curve_laws import runs_in_words
 from .laws import UNBOUNDED
-from .points import FEW, LONG, TOGETHER, VALID
+from .points import FEW, LONG, TOGETHER, VALID, validating_in_words
 
 Result = Mapping[str, Any]  # of `curve`, as JSON holds it
 SPOKEN = {"energy_per_atom": "energies"}
@@ -42,8 +43,7 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     page.verdict(result["verdict"])
     for quantity in result["units"]:
         name = SPOKEN.get(quantity, quantity)
-        unseen = f"{result['test structures']} structures that no model has seen"
-        page.figure(drawn(result, quantity), f"Error of {name} on {unseen}; bands span the seeds.")
+        page.figure(drawn(result, quantity), f"Error of {name} on {_unseen(result)}; bands span the seeds.")
         if worth := _worth(result, quantity):
             caption = f"Labels from scratch that one label is worth with pre-training, by the errors of {name}."
             page.figure(label_curves(worth, "labels, validation included", "labels from scratch for one"), caption)
@@ -60,7 +60,8 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
             worths(result, quantity, "said"),
             f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
             "From laws through the curves; the interval holds other seeds and other test materials, and other laws "
-            "that are about as likely. Nothing is said beyond four times the largest size."
+            "that are about as likely, of four or five sizes also the straight lines between them. Nothing is said "
+            "beyond four times the largest size."
             f"{_vague(result, quantity, 'factors')}",
         )
         if "equal compute" in result:
@@ -88,6 +89,13 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
         page.table([label_row(entry) for entry in example.labels.entries], "Labels of the test structures")
     page.details("All settings", json.dumps(result["settings"], indent=1, ensure_ascii=False))
     return page.numbers(result)
+
+
+def _unseen(result: Result) -> str:
+    many = f"{result['test structures']} test structures"
+    if result["base sizes"]:
+        return f"{many} that no model has seen"
+    return f"{many} (whether the base has seen them is not known)"
 
 
 def drawn(result: Result, quantity: str) -> Figure:
@@ -147,8 +155,17 @@ def _open_ended(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _vague(result: Result, quantity: str, source: str) -> str:
-    arms = [arm for arm, found in _factors(result, quantity, source).items() if _open_ended(found)]
-    return f" The seeds leave no bounds at any size for {', '.join(arms)}." if arms else ""
+    """Arms whose factors have no bounds, and what there is too little of; older results do not say that."""
+    scarce = result.get("scarce", {}).get(quantity, {})
+    if source != "factors":
+        scarce = {arm: entry.get("scarce") for arm, entry in result[source][quantity].items()}
+    arms: dict[str, list[str]] = {}
+    for arm, found in _factors(result, quantity, source).items():
+        if _open_ended(found):
+            lack = scarce.get(arm)
+            arms.setdefault(f", mostly for want of {lack}" if lack else "", []).append(arm)
+    said = "; ".join(f"{', '.join(own)}{why}" for why, own in arms.items())
+    return f" There are no bounds at any size for {said}." if said else ""
 
 
 def _arms(entries: Sequence[Mapping[str, Any]], quantity: str) -> list[str]:
@@ -292,13 +309,14 @@ def _show_pretraining(page: Page, result: Result) -> None:
 
 
 def _show_method(page: Page, result: Result) -> None:
-    settings = result["settings"]
+    settings, counts = result["settings"], validating_in_words(result.get("validation labels", {}))
     page.heading("How it was done")
     page.text(
         f"Each arm was trained for {in_words(settings['tuning'])} on the same labels, each size within the next, "
         f"in batches of at most {settings['edges']} edges, {_rate(result)}. "
-        f"Of every number of labels {VALID:.0%} choose the checkpoint and are counted; below {FEW} all train and the "
-        "last weights are taken. What is not trained (zero-shot, aligned, probe) fits all of them. "
+        f"Of the labels at least {VALID:.0%}, with materials kept whole, choose the checkpoint and are counted"
+        f"{': ' if counts else ''}{counts}; below {FEW} all train and the last weights are taken. "
+        "What is not trained (zero-shot, aligned, probe) fits all of them. "
         f"{_bases(result, in_words(settings['pretraining']))} {CHOSEN[result['verdict by']]}"
     )
     page.text(" ".join(_tests(result)))
@@ -345,6 +363,8 @@ def _tests(result: Result) -> list[str]:
         said.append(f"Labels: {result['left out of the labels']}.")
     if lacking := result["not judged"]:
         said.append(f"There are no errors of {', '.join(lacking)}: not all test structures have such a label.")
+    if lost := result.get("diverged"):
+        said.append(f"Runs that diverged are left out: {runs_in_words(lost)}; laws and factors are of the other seeds.")
     if result["dropped"]:
         said.append(f"Dropped to stay within the budget: {', '.join(result['dropped'])}.")
     return said

@@ -113,7 +113,8 @@ class Fit:
     @property
     def exponent(self) -> Interval:
         """How fast the error falls at the largest sizes: b of a broken law, a of the others."""
-        found = [law.interval("b" if law.form == "broken" else "a") for law in (self, *self.rivals)]
+        laws = (self, *(law for law in self.rivals if law.weights))
+        found = [law.interval("b" if law.form == "broken" else "a") for law in laws]
         return Interval(found[0].value, min(each.low for each in found), max(each.high for each in found))
 
     def interval(self, name: str) -> Interval:
@@ -177,7 +178,8 @@ def fits(
     never rises (isotonic regression): the lower envelope would follow the luckiest cells instead, and be too low.
 
     Laws within 2 of the least AICc are rivals of the first one, whose intervals span theirs: which of them comes first
-    is chance.
+    is chance. Four or five sizes hardly tell a power from a curve with a floor, and the power law is then too sure of
+    itself: the interpolation is its rival whatever the AICc, and goes on beyond the sizes at its last slope.
 
     Args:
         sizes: numbers of labels in ascending order, (n_sizes,).
@@ -245,18 +247,23 @@ def spanned(found: Sequence[Estimate]) -> Estimate:
 
 def half_width(fit: Fit, weights: np.ndarray, other: Fit | None = None, others: np.ndarray | None = None) -> np.ndarray:
     """Half of the interval of weighted sums of the cells of each seed, or of the difference of those of two arms."""
+    return np.hypot(*half_widths(fit, weights, other, others))
+
+
+def half_widths(
+    fit: Fit, weights: np.ndarray, other: Fit | None = None, others: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The parts of `half_width`: what the seeds leave open, and what the test materials do."""
     seeds, draws = fit.logs @ weights.T, fit.draws @ weights.T
     if other is not None and others is not None:
         if len(other.logs) != len(fit.logs) or other.n_groups != fit.n_groups:
             raise InputError("arms are compared seed by seed on the same test materials: give the same to both")
         seeds, draws = seeds - other.logs @ others.T, draws - other.draws @ others.T
+    nothing, tail = np.zeros(len(weights)), (1 + fit.confidence) / 2
     if len(seeds) < 2:
-        return np.full(len(weights), np.inf)
-    tail = (1 + fit.confidence) / 2
+        return nothing + np.inf, nothing
     half = stdtrit(len(seeds) - 1, tail) * seeds.std(axis=0, ddof=1) / math.sqrt(len(seeds))
-    if len(draws):
-        half = np.hypot(half, stdtrit(fit.n_groups - 1, tail) * draws.std(axis=0))
-    return np.asarray(half)
+    return half, stdtrit(fit.n_groups - 1, tail) * draws.std(axis=0) if len(draws) else nothing
 
 
 def grid(fit: Fit) -> np.ndarray:
@@ -312,8 +319,18 @@ def _ranked(
         limits = float(least), float(most)
         found.append(Fit(name, parameters, aicc, *limits, confidence, points, logs, draws, n_groups, curve, weights))
     best, *others = sorted(found, key=lambda fit: fit.aicc)  # of equals, the simpler stays first
-    rivals = tuple(law for law in others if law.weights and law.aicc <= best.aicc + RIVAL)
-    return [replace(best, rivals=rivals if best.weights else ()), *others]
+    if not best.weights:
+        return [best, *others]
+    rivals = [law for law in others if law.weights and law.aicc <= best.aicc + RIVAL]
+    if points.shape[1] < FORMS["floor"].sizes:
+        _, goes_on, _ = _interpolated(points[0], logs.mean(axis=0), goes_on=True)
+        one_sided = 2 * confidence - 1  # a curve with a floor leaves the power law on one side only
+        rivals += [
+            replace(law, curve=goes_on, least=best.least, most=best.most, confidence=one_sided)
+            for law in others
+            if law.form == INTERPOLATION
+        ]
+    return [replace(best, rivals=tuple(rivals)), *others]
 
 
 def _fitted(form: Form, points: np.ndarray, logs: np.ndarray) -> tuple[dict[str, float], Curve, dict[str, np.ndarray]]:
@@ -338,15 +355,23 @@ def _fitted(form: Form, points: np.ndarray, logs: np.ndarray) -> tuple[dict[str,
     return parameters, curve, {name: inverse[i] for i, name in enumerate(form.names) if not name.startswith("log")}
 
 
-def _interpolated(x: np.ndarray, logs: np.ndarray) -> tuple[dict[str, float], Curve, dict[str, np.ndarray]]:
-    """Straight lines between means that never rise."""
+def _interpolated(
+    x: np.ndarray, logs: np.ndarray, goes_on: bool = False
+) -> tuple[dict[str, float], Curve, dict[str, np.ndarray]]:
+    """Straight lines between means that never rise; beyond the ends nothing, or the lines there go on."""
     blocks = isotonic_regression(logs, increasing=False).blocks
     member = np.repeat(np.arange(len(blocks) - 1), np.diff(blocks))
     pooled = (member[:, None] == member) / np.bincount(member)[member]  # (n_sizes, n_sizes)
 
+    slopes = np.diff(np.eye(len(x)), axis=0) / np.diff(x)[:, None]  # of the lines, as sums of the means
+
     def curve(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         between = np.stack([np.interp(at[0], x, row) for row in np.eye(len(x))], axis=1)
-        between[(at[0] < x[0] - 1e-9) | (at[0] > x[-1] + 1e-9)] = np.nan
+        below, above = np.minimum(at[0] - x[0], 0.0), np.maximum(at[0] - x[-1], 0.0)
+        if goes_on:
+            between += np.outer(below, slopes[0]) + np.outer(above, slopes[-1])
+        else:
+            between[above - below > 1e-9] = np.nan
         weights = between @ pooled
         return weights @ logs, weights
 

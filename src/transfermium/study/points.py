@@ -43,6 +43,20 @@ def valid_fraction(arm: str, n_train: int) -> float:
     return VALID if n_train >= FEW and arm not in UNTRAINED else 0.0
 
 
+def validating(structures: Sequence[Atoms], n_train: int, seed: int) -> int:
+    """How many of so many labels validate where an arm is trained: materials stay whole, so that it may be many."""
+    if not (fraction := valid_fraction(SCRATCH, n_train)):
+        return 0
+    members = nested(np.arange(len(structures)), [n_train], seed=seed)[0]
+    return len(split(Subset(structures, members), fraction, seed=seed).valid)
+
+
+def validating_in_words(counts: Mapping[str, Sequence[int]]) -> str:
+    """For people, of numbers of labels and how many of them validate with each seed: "2 to 4 of 10, 13 of 39"."""
+    spans = {n: dict.fromkeys((min(each), max(each))) for n, each in counts.items()}
+    return ", ".join(f"{' to '.join(map(str, span))} of {n}" for n, span in spans.items())
+
+
 def based(
     folder: Path,
     n_pretraining: int,
