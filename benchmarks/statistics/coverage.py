@@ -75,6 +75,7 @@ CASES = (
     Case("power, 100 test materials", SIX, SCRATCH, TRANSFER, BOTH, 0.35, materials=100),
     Case("power, 20 test materials", SIX, SCRATCH, TRANSFER, BOTH, 0.35, materials=20),
     Case("floor", SIX, floor(0.15, 4.0, 0.7), floor(0.12, 1.5, 0.7), INSIDE, 0.7, "floor"),
+    Case("floor, four sizes", FOUR, floor(0.15, 4.0, 0.7), floor(0.12, 1.5, 0.7), INSIDE),
     Case("floor, the law known", SIX, floor(0.15, 4.0, 0.7), floor(0.12, 1.5, 0.7), INSIDE, 0.7, "floor", known=True),
     Case("broken", SIX, broken(3.0, 0.2, 0.7, 60.0), broken(1.5, 0.2, 0.7, 60.0), INSIDE, 0.7, "broken"),
     Case("no pre-training effect", SIX, SCRATCH, SCRATCH, BOTH, 0.45),

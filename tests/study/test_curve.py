@@ -484,7 +484,7 @@ def test_a_dry_run_computes_nothing(tmp_path, capsys):
         ({"pretraining": "1min"}, "2 pre-trainings and 12 fine-tunings: 1min of processor time for each pre-training"),
         ({**OF_BASES, "base": "small", "tuning": "5min"}, "12 fine-tunings: at most 1 hours"),
         ({**OF_BASES, "base": "small"}, "12 fine-tunings: 4 steps for each fine-tuning"),
-        ({}, "Only 2 materials test: intervals will be wide"),
+        ({}, "Only 2 materials test: intervals may be wide"),
         ({"sizes": [5]}, "One size makes no curve: errors will be compared"),
         ({}, "more than a third of the labels only validate: 4 to 5 of 10"),
         ({"arms": ["replay"]}, "5 of 27 are set aside to measure what the arm 'replay' forgets"),

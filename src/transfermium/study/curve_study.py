@@ -243,7 +243,7 @@ class Study:
             )
         if (n := len(set(self.groups))) < MATERIALS:
             yield (
-                f"Only {n} {'structures' if self.n_materials == 1 else 'materials'} test: intervals will be wide, and "
+                f"Only {n} {'structures' if self.n_materials == 1 else 'materials'} test: intervals may be wide, and "
                 "more seeds will not narrow them (give other test structures with --test or --split-key)"
             )
         if len(self.sizes) == 1:
