@@ -4,7 +4,7 @@
     python recipes/functional/run.py --data DIR --only crystals    one of them
 
 Finished cells are kept in `--runs`, so that the same command goes on; a finished study writes NAME.json (all errors,
-laws, factors, intervals) and NAME.svg beside this file. Studies of several pairs share one folder of cells.
+laws, factors, intervals) and figures beside this file. Studies of several pairs share one folder of cells.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import transfermium as tm
 from transfermium.data import split
 from transfermium.run import write_json
 from transfermium.study.curve import curve
-from transfermium.study.curve_page import drawn
+from transfermium.study.curve_page import drawn, worth_drawn
 
 HERE = Path(__file__).parent
 KCAL = "kcal/mol"
@@ -154,7 +154,11 @@ def main() -> None:
         result = curve(structures, objective, out, workers=args.workers, **{"seeds": args.seeds, **given})
         write_json(HERE / f"{name}.json", result)
         quantity = next(iter(result["units"]))
-        drawn(result, quantity).savefig(HERE / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+        figures = {name: drawn(result, quantity)}
+        if "equal compute" in result and (worth := worth_drawn(result, quantity)):
+            figures[f"{name}-worth"] = worth
+        for file, figure in figures.items():
+            figure.savefig(HERE / f"{file}.svg", bbox_inches="tight", metadata={"Date": None})
 
     for name, study in STUDIES.items():
         if args.only in ("", name):

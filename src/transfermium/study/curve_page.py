@@ -44,9 +44,10 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     for quantity in result["units"]:
         name = SPOKEN.get(quantity, quantity)
         page.figure(drawn(result, quantity), f"Error of {name} on {_unseen(result)}; bands span the seeds.")
-        if worth := _worth(result, quantity):
-            caption = f"Labels from scratch that one label is worth with pre-training, by the errors of {name}."
-            page.figure(label_curves(worth, "labels, validation included", "labels from scratch for one"), caption)
+        if worth := worth_drawn(result, quantity):
+            fair = ", trained for as long as both stages," if "equal compute" in result else ""
+            caption = f"Labels from scratch{fair} that one label is worth with pre-training, by the errors of {name}."
+            page.figure(worth, caption)
     for quantity in result["units"]:
         unit, _ = shown(result, quantity)
         name = SPOKEN.get(quantity, quantity)
@@ -201,12 +202,17 @@ def _series(result: Result, quantity: str, scale: float) -> dict[str, Points]:
     return series
 
 
-def _worth(result: Result, quantity: str) -> dict[str, Points]:
-    """Factors of each arm, in the colours that the arms have beside it."""
+def worth_drawn(result: Result, quantity: str) -> Figure | None:
+    """How many labels from scratch one label is worth with each arm, at equal compute where that was measured, in the
+    colours that the arms have beside it; nothing where that is not known."""
     series: dict[str, Points] = {arm: [] for arm in _arms(result["errors"], quantity)}
-    for arm, found in result["factors"][quantity].items():
+    for arm, found in _factors(result, quantity, "equal compute" if "equal compute" in result else "factors").items():
         series[arm] = [(r["n_train"], r["value"], *(_or_nan(x) for x in r["ci"]), []) for r in found if r["value"]]
-    return series if any(series.values()) else {}
+    return (
+        label_curves(series, "labels, validation included", "labels from scratch for one")
+        if any(series.values())
+        else None
+    )
 
 
 def _or_nan(value: float | None) -> float:
