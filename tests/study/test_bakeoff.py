@@ -95,8 +95,8 @@ class TestBakeoff:
 
     def test_of_equal_operations_derivatives_take_fewer_steps(self, tmp_path):
         result = small(
-            tmp_path, arms=["scratch", "scratch_long", "efs_direct", "efs_derivative"], pretraining="1GFLOP",
-            tuning="0.1GFLOP", seeds=1,
+            tmp_path, arms=["scratch", "scratch_long", "efs_direct", "efs_derivative"], pretraining="0.3GFLOP",
+            tuning="0.03GFLOP", seeds=1,
         )  # fmt: skip
         (first, *others), (long,) = (
             [run["steps"] for run in result["runs"] if (run["arm"] == "scratch_long") == is_long]
@@ -108,7 +108,7 @@ class TestBakeoff:
             for arm in ("efs_direct", "efs_derivative")
         }
         assert steps["efs_direct"] > 1.5 * steps["efs_derivative"]
-        assert "pre-trained for 1GFLOP on" in (tmp_path / "report.html").read_text()
+        assert "pre-trained for 0.3GFLOP on" in (tmp_path / "report.html").read_text()
 
     def test_there_is_a_page_that_says_it(self, study):
         out, result = study
