@@ -345,8 +345,12 @@ def forces_are_derivatives(model: Model) -> bool:
 
 def held_atoms(structures: Sequence[ase.Atoms]) -> dict[str, Any]:
     """Constraints, as far as there are any: they make a run another one."""
-    told = {str(i): plain([one.todict() for one in structures[i].constraints]) for i in range(len(structures))}
+    told = {str(i): [_told_of(one) for one in structures[i].constraints] for i in range(len(structures))}
     return {"constraints": found} if (found := {i: each for i, each in told.items() if each}) else {}
+
+
+def _told_of(constraint: Any) -> Any:
+    return plain(constraint.todict()) if hasattr(constraint, "todict") else type(constraint).__name__
 
 
 def told_of_constraints(structures: Sequence[ase.Atoms]) -> str:
