@@ -127,8 +127,8 @@ class MaskAtoms(Removal):
 
     def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
         found = super().warnings(structures)
-        alone = sum(len(molecules(atoms).sizes) == 1 and self._hindrance(atoms) is None for atoms in structures)
-        if not (self.conservative and alone):
+        single = (len(molecules(atoms).sizes) == 1 and self._hindrance(atoms) is None for atoms in structures)
+        if not (self.conservative and (alone := sum(single))):
             return found
         return [
             *found,
