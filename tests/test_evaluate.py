@@ -238,6 +238,28 @@ class TestPredict:
             rows = list(csv.DictReader(file))
         assert [float(row["gap"]) for row in rows] == pytest.approx([atoms.info["gap"] for atoms in results])
 
+    def test_classes_in_a_csv_with_how_likely_each_is(self, tmp_path, held_out, classifier):
+        results = tm.predict(classifier, held_out, tmp_path / "large.csv", verbose=False)
+        with open(tmp_path / "large.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = ["large", "large_probability_0", "large_probability_1"]
+        assert list(rows[0]) == ["index", "formula", *columns]
+        for row, atoms in zip(rows, results, strict=True):
+            likely = [float(row[name]) for name in columns[1:]]
+            assert likely == pytest.approx(atoms.info["large_probabilities"]) and sum(likely) == pytest.approx(1)
+            assert int(row["large"]) == atoms.info["large"] == np.argmax(likely)
+
+    def test_words_in_a_csv(self, tmp_path):
+        structures = sorted_by_size(alloys(8))
+        for atoms in structures:
+            atoms.info["size"] = ("small", "large")[atoms.info.pop("large")]
+        sizes = tm.Property("size", task="classification", classes=["small", "large"])
+        tm.predict(tm.pretrain(structures, sizes, painn(), steps=1, **QUICK), structures, tmp_path / "p.csv")
+        with open(tmp_path / "p.csv", newline="") as file:
+            (row, *_) = csv.DictReader(file)
+        likely = {word: float(row[f"size_probability_{word}"]) for word in ("small", "large")}
+        assert row["size"] == max(likely, key=likely.__getitem__)
+
     def test_predictions_are_in_the_order_of_the_structures(self, held_out, predicted):
         for atoms, same in zip(predicted, tm.predict(potential(), held_out, edges=1, verbose=False), strict=True):
             assert same.symbols.get_chemical_formula() == atoms.symbols.get_chemical_formula()

@@ -270,9 +270,9 @@ def predict(
     """Copies of the structures with what the model predicts in place of any labels.
 
     Energy, forces and stress are results of a calculator; other outputs are in `atoms.info` or `atoms.arrays`. Classes
-    are numbered, with their probabilities under NAME_probabilities. An output that means something else than its name,
-    as the "forces" of a denoising model, is stored under its meaning ("denoising_displacement"). To what was learned as
-    a difference from a cheap value, that value is added.
+    are numbered, with their probabilities under NAME_probabilities, in a table NAME_probability_CLASS. An output that
+    means something else than its name, as the "forces" of a denoising model, is stored under its meaning
+    ("denoising_displacement"). To what was learned as a difference from a cheap value, that value is added.
 
     Args:
         out: an extended XYZ or, by its ending, a CSV file with one line per structure.
@@ -563,15 +563,14 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
     standard = {}
     for name, value in outputs.items():
         meaning = stored_as(model, name)
-        classes = getattr(model.heads[name], "classes", 0) if name in model.heads else 0
+        classes = _classes(model, name)
         store = result.arrays if model.per_atom(name) else result.info
         if meaning in ("energy", "forces", "stress"):
             if np.isfinite(value).all():
                 standard[meaning] = float(value) if meaning == "energy" else value
         elif classes:
             numbers = value.argmax(axis=-1)
-            names = getattr(objective_of(model), "classes", None)
-            store[meaning] = names[int(numbers)] if isinstance(names, list) and numbers.ndim == 0 else numbers
+            store[meaning] = classes[int(numbers)] if numbers.ndim == 0 else numbers
             weights = np.exp(value - value.max(axis=-1, keepdims=True))
             store[f"{meaning}_probabilities"] = weights / weights.sum(axis=-1, keepdims=True)
         else:
@@ -581,6 +580,13 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
     if standard:
         result.calc = SinglePointCalculator(result, **standard)
     return result
+
+
+def _classes(model: Model, name: str) -> list[Any]:
+    """The classes that an output tells apart, by their words or numbers; none for numbers."""
+    n = getattr(model.heads[name], "classes", 0) if name in model.heads else 0
+    words = getattr(objective_of(model), "classes", None) if n else None
+    return words if isinstance(words, list) else list(range(n))
 
 
 def _check_level(interval: float | None) -> None:
@@ -640,11 +646,17 @@ ENDS = ("low", "high", "error")
 
 
 def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) -> None:
-    """One line per structure: index, any id, formula and what there is per structure."""
+    """One line per structure: index, any id, formula, what there is per structure, and how likely each class is."""
     ids = [key for key in ("id", "mbid", "material_id", "name", "file") if any(key in a.info for a in results)]
     names = [stored_as(model, name) for name in model.outputs if not model.per_atom(name)]
     stress = ["stress_xx", "stress_yy", "stress_zz", "stress_yz", "stress_xz", "stress_xy"]
     columns = [c for name in names for c in (stress if name == "stress" else [name])]
+    likely = {
+        f"{name}_probabilities": [f"{name}_probability_{one}" for one in _classes(model, output)]
+        for output, name in ((output, stored_as(model, output)) for output in model.outputs)
+        if name in names and _classes(model, output)
+    }
+    columns += [column for own in likely.values() for column in own]
     columns += dict.fromkeys(key for atoms in results for key in atoms.info if BOUND.fullmatch(key))
     writer = csv.writer(file)
     writer.writerow(["index", *ids, "formula", *columns])
@@ -652,6 +664,8 @@ def _write_csv(file: io.StringIO, results: Sequence[ase.Atoms], model: Model) ->
         found = {**atoms.info, **(atoms.calc.results if atoms.calc is not None else {})}
         if "stress" in found:
             found |= dict(zip(stress, found["stress"], strict=True))
+        for key, own in likely.items():
+            found |= dict(zip(own, found[key], strict=True))
         writer.writerow(
             [
                 index,
