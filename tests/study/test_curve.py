@@ -420,6 +420,9 @@ def test_structures_that_test_are_taken_out_of_the_base(tmp_path):
     assert result["leaks"].startswith("4 of 16")
     assert "One size makes no curve" in result["verdict"]
     assert re.search(r"At 5 labels errors of forces with \w+ are [\d.]+ times those from scratch \(", result["verdict"])
+    assert "; one seed, so that others may say otherwise)" in result["verdict"]
+    said = (tmp_path / "report.html").read_text()
+    assert "one seed" in said and "span the seeds" not in said and "From laws through the curves" not in said
 
 
 def test_frames_of_one_system_are_compared_frame_by_frame(tmp_path):

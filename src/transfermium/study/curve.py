@@ -227,8 +227,10 @@ def _at_one_size(curves: Curves, arm: Arm, goal: Goal | None) -> str:
     if len(sizes) > 1 or not seeds:
         return ""
     found = compare(*(curves.errors(case, quantity, seeds)[:, 0] for case in (arm, scratch)), groups=curves.groups)
-    said = f"{short(found.seeds.low)} to {short(found.seeds.high)} with other seeds, " if len(seeds) > 1 else ""
+    more = len(seeds) > 1
+    said = f"{short(found.seeds.low)} to {short(found.seeds.high)} with other seeds, " if more else ""
     said += f"{short(found.materials.low)} to {short(found.materials.high)} on other test materials"
+    said += "" if more else "; one seed, so that others may say otherwise"
     return (
         f" At {min(sizes)} labels errors of {SPOKEN.get(quantity, quantity)} with {name_of(arm)} are "
         f"{short(found.seeds.value)} times those from scratch ({said})."

@@ -21,6 +21,11 @@ from .points import FEW, LONG, TOGETHER, VALID, validating_in_words
 
 Result = Mapping[str, Any]  # of `curve`, as JSON holds it
 SPOKEN = {"energy_per_atom": "energies"}
+FROM_LAWS = (
+    "From laws through the curves; the interval holds other seeds and other test materials, and other laws that are "
+    "about as likely, of four or five sizes also the straight lines between them. Nothing is said beyond four times "
+    "the largest size."
+)
 
 
 class Example(NamedTuple):
@@ -43,7 +48,9 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     page.verdict(result["verdict"])
     for quantity in result["units"]:
         name = SPOKEN.get(quantity, quantity)
-        page.figure(drawn(result, quantity), f"Error of {name} on {_unseen(result)}; bands span the seeds.")
+        page.figure(
+            drawn(result, quantity), f"Error of {name} on {_unseen(result)}; {_seeds(result, 'bands span the')}."
+        )
         if worth := worth_drawn(result, quantity):
             fair = ", trained for as long as both stages," if "equal compute" in result else ""
             caption = f"Labels from scratch{fair} that one label is worth with pre-training, by the errors of {name}."
@@ -51,7 +58,9 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     for quantity in result["units"]:
         unit, _ = shown(result, quantity)
         name = SPOKEN.get(quantity, quantity)
-        page.table(rows(result, quantity), f"Errors of {name} ({unit}): mean over seeds (lowest to highest)")
+        page.table(
+            rows(result, quantity), f"Errors of {name} ({unit}): {_seeds(result, 'mean over', ' (lowest to highest)')}"
+        )
         if has_baselines(result, quantity):
             page.table(
                 rows(result, quantity, "baselines"),
@@ -60,10 +69,7 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
         page.table(
             worths(result, quantity, "said"),
             f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
-            "From laws through the curves; the interval holds other seeds and other test materials, and other laws "
-            "that are about as likely, of four or five sizes also the straight lines between them. Nothing is said "
-            "beyond four times the largest size."
-            f"{_vague(result, quantity, 'factors')}",
+            f"{FROM_LAWS}{_vague(result, quantity, 'factors')}" if any(result["factors"][quantity].values()) else None,
         )
         if "equal compute" in result:
             page.table(
@@ -90,6 +96,11 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
         page.table([label_row(entry) for entry in example.labels.entries], "Labels of the test structures")
     page.details("All settings", json.dumps(result["settings"], indent=1, ensure_ascii=False))
     return page.numbers(result)
+
+
+def _seeds(result: Result, said: str, spread: str = "") -> str:
+    """What of all seeds is shown."""
+    return f"{said} seeds{spread}" if len({entry["seed"] for entry in result["errors"]}) > 1 else "one seed"
 
 
 def _unseen(result: Result) -> str:
@@ -120,7 +131,7 @@ def rows(result: Result, quantity: str, source: str = "errors", ranges: bool = T
         row = {"labels": f"{n:,}"}
         for arm in _arms(result[source], quantity):
             found = [scale * e for e in _errors(result[source], quantity, arm, n)]
-            span = f" ({min(found):.4g} to {max(found):.4g})" if found and ranges else ""
+            span = f" ({min(found):.4g} to {max(found):.4g})" if len(found) > 1 and ranges else ""
             row[arm] = f"{np.mean(found):.4g}{span}" if found else ""
         table.append(row)
     return table
