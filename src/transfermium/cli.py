@@ -242,20 +242,25 @@ def bakeoff(arguments: Arguments) -> None:
     from .study.bakeoff import Target
     from .study.bakeoff import bakeoff as run
 
-    pairs = _with_pairs(arguments)
+    pairs = _with_pairs(arguments, ("label", "unit", "base_label", "base_unit"))
     objective, properties = pairs.pop("objective"), pairs.pop("property")
     if (objective is None) == (not properties):
         raise InputError("bakeoff needs --property NAME..., or else an --objective, to be learned from the target")
     goals = {name: Property(name) for name in properties or []} or {"target": objective}
     target, test = pairs.pop("target"), pairs.pop("test")
-    own = {option: {k: v for k, v in pairs[option].items() if k not in KEYS} for option in ("label", "unit")}
+    own, cheap = {}, {}
+    for option in ("label", "unit"):
+        own[option], base = pairs.pop(option), pairs.pop(f"base_{option}")
+        cheap[option] = {k: v for k, v in own[option].items() if k in KEYS} | base
+        _check_names(option, own[option], [*KEYS, *(name for goal in goals.values() for name in goal.labels())])
+        _check_names(f"base-{option}", base, list(KEYS))
     targets = {name: Target(target, goal, test, **_named_in(own, goal)) for name, goal in goals.items()}
-    cheap = {option: {k: v for k, v in pairs[option].items() if k in KEYS} for option in ("label", "unit")}
     backbone = pairs.pop("backbone")
     backbones = None if backbone is None else {type(backbone).__name__: backbone}
     as_json = pairs.pop("json")
     data, out = pairs.pop("data"), pairs.pop("out")
-    pairs |= {"rates": _numbers("rates", pairs["rates"], float)}
+    pairs |= {"rates": _numbers("rates", pairs["rates"], float), "sizes": _numbers("sizes", pairs["sizes"])}
+    pairs |= {"arms": pairs["arms"] and _apart(pairs["arms"])}
     result = run(data, targets, out, backbones=backbones, quiet=as_json, **{**pairs, **cheap})
     if as_json:
         _print_json(result)
@@ -301,6 +306,12 @@ def relax(arguments: Arguments) -> None:
     console.print(f"{len(relaxed)} structures written to {out}", markup=False, soft_wrap=True)
     if not all(atoms.info["relaxed"] for atoms in relaxed):  # which has been said
         sys.exit(1)
+
+
+def _check_names(option: str, pairs: Mapping[str, str], wanted: Sequence[str]) -> None:
+    if unknown := [name for name in pairs if name not in wanted]:
+        known = ", ".join(dict.fromkeys(wanted))
+        raise InputError(f"--{option} {unknown[0]}=... is of nothing that is learned here: name one of {known}")
 
 
 def _named_in(named: Mapping[str, Mapping[str, str]], objective: Objective) -> dict[str, dict[str, str]]:
@@ -589,10 +600,10 @@ def _bakeoff_parser(backbone: Arguments | None = None) -> Parser:
     help = "of each pre-training: processor time, or operations such as 20TFLOP"
     parser.add_argument("--pretraining", type=str, default="5min", help=help)
     parser.add_argument("--tuning", type=str, default="1min", help="of each fine-tuning, likewise")
-    parser.add_argument(
-        "--sizes", nargs="+", type=int, default=None, help="numbers of labels; all up to 500 by default"
-    )
+    help = "numbers of labels, 20,100 or 20 100; all up to 500 by default"
+    parser.add_argument("--sizes", nargs="+", type=int | str, default=None, help=help)
     parser.add_argument("--seeds", type=int, default=3, help="of weights and labels")
+    _label_arguments(parser, "base-", " of the structures to pre-train on, where it is another one")
     _study_arguments(parser)
     return parser
 
@@ -630,7 +641,7 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     help = "hours, or a time such as 90min, of one calculation"
     parser.add_argument("--cost-per-label", type=str, default=None, help=help)
     parser.add_argument("--margin", type=float, default=0.1, help="of exponents, below which slopes are equal")
-    _label_arguments(parser, "base-")
+    _label_arguments(parser, "base-", " of the base's structures")
     parser.add_argument("--viewer", action="store_true", help="test structures beside the parity plot, in the report")
     _study_arguments(parser)
     return parser
@@ -709,11 +720,12 @@ def _part_argument(parser: Parser) -> None:
     parser.add_argument("--part", type=str, default=None, help="of a model of several objectives or levels: which one")
 
 
-def _label_arguments(parser: Parser, of: str = "") -> None:
+def _label_arguments(parser: Parser, of: str = "", said: str = "") -> None:
     for option, value, help in (("label", "KEY", "the key of a label"), ("unit", "UNIT", "the unit of a label")):
         parser.add_argument(
-            f"--{of}{option}", nargs="+", type=str, action="extend", default=[], metavar=f"NAME={value}", help=help
-        )
+            f"--{of}{option}", nargs="+", type=str, action="extend", default=[], metavar=f"NAME={value}",
+            help=help + said,
+        )  # fmt: skip
 
 
 def _provenance_argument(parser: Parser) -> None:

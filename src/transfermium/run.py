@@ -174,7 +174,11 @@ def fingerprint(structures: Sequence[ase.Atoms], most: int = 20_000) -> str:
         results = atoms.calc.results if atoms.calc is not None else {}
         named = {**atoms.arrays, **atoms.info, **{f"calc {name}": value for name, value in results.items()}}
         for name in sorted(named):
-            digest.update(f"{name}={np.asarray(named[name]).tolist()}".encode())
+            try:
+                value = np.asarray(named[name]).tolist()
+            except ValueError:  # lists of several lengths
+                value = named[name]
+            digest.update(f"{name}={value}".encode())
     return digest.hexdigest()[:16]
 
 

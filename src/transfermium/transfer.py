@@ -100,7 +100,7 @@ def pretrain(
     settings = configured(config)
     _check_objective(objective)
     backbone = TensorNet() if backbone is None else backbone
-    _check_together(backbone, objective)
+    check_together(backbone, objective)
     lesson = taught(
         teacher, structures, valid, objective, out=out, named=[*(label or {}), *(unit or {})], skip=teacher_skip,
         overwrite=teacher_overwrite, dry_run=dry_run, verbose=verbose,
@@ -215,7 +215,7 @@ def finetune(
     check_policy(unseen, align)
     settings = configured(_with_strategy(strategy, objective, config), base.architecture()["dtype"])
     align = align and strategy != "zero-shot"
-    _check_together(base.backbone, objective)
+    check_together(base.backbone, objective)
     lesson = taught(
         teacher, structures, valid, objective, out=out, named=[*(label or {}), *(unit or {})], skip=teacher_skip,
         overwrite=teacher_overwrite, dry_run=dry_run, verbose=verbose,
@@ -395,7 +395,7 @@ def _check_objective(objective: Any) -> None:
         raise InputError(f"the objective is {objective!r}, but must be one such as Potential() or Property('band_gap')")
 
 
-def _check_together(backbone: Backbone, objective: Objective) -> None:
+def check_together(backbone: Backbone, objective: Objective) -> None:
     """Refuse, before anything is read, an objective that wants what the backbone cannot give."""
     with torch.random.fork_rng(devices=[]):
         Model(told(backbone, objective), objective.outputs(backbone.width))

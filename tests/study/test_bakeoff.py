@@ -1,13 +1,16 @@
 """Comparing ways to pre-train: what is compared with what, and what may be said of it."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from ase.build import bulk
 
 import transfermium as tm
 from tests.alloys import alloys
+from transfermium.study import stages
 from transfermium.study.bakeoff import ARMS, Arm, Target, bakeoff
 from transfermium.study.plan import Plan, nearest_equilibrium
 from transfermium.study.ranking import answers, comparisons, verdict
@@ -32,11 +35,10 @@ def small(out, **changes):
         "edges": 400,
         "quiet": True,
     }
+    structures = changes.pop("structures") if "structures" in changes else alloys(30, seed=7)
+    targets = changes.pop("targets", {"gap": Target(gaps(20, 3), tm.Property("gap"))})
     with ThreadPoolExecutor(1) as pool:
-        return bakeoff(
-            alloys(30, seed=7), {"gap": Target(gaps(20, 3), tm.Property("gap"))}, out,
-            **{**options, "executor": pool, **changes},
-        )  # fmt: skip
+        return bakeoff(structures, targets, out, **{**options, "executor": pool, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,124 @@ class TestBakeoff:
         with pytest.raises(tm.InputError, match=words):
             small(tmp_path, **changes)
 
+    def test_a_run_that_diverges_is_said_and_left_out(self, tmp_path, monkeypatch):
+        """Of two seeds one, or at one of two rates both."""
+        learned = stages.finetune
+
+        def diverging(*given, **options):
+            if options["seed"] == 1 or options["lr"] == 1.0:
+                raise tm.InputError("the loss is not finite")
+            return learned(*given, **options)
+
+        monkeypatch.setattr(stages, "finetune", diverging)
+        result = small(tmp_path, seeds=3, rates=[1.0, 2e-3])
+        assert {rate["lr"] for rate in result["rates"] if rate["arm"] == "efs_derivative"} == {2e-3}
+        where = {"target": "gap", "backbone": "PaiNN", "arm": "efs_derivative", "n_train": 13, "seed": 1}
+        assert result["diverged"] == [where]
+        assert "Runs that diverged: efs_derivative on gap (PaiNN) with seed 1" in result["verdict"]
+        rows = {row["arm"]: row["seeds"] for row in result["comparisons"]}
+        assert rows == {"scratch": 3, "scratch_long": 3, "efs_derivative": 2}
+        assert {a["seeds"] for a in result["answers"] if a["arm"] == "efs_derivative"} == {2}
+        assert "diverged" in (tmp_path / "report.html").read_text()
+
+    def test_where_nothing_validates_the_first_rate_that_works_is_taken(self, tmp_path, monkeypatch):
+        learned = stages.pretrain
+
+        def diverging(*given, **options):
+            if options.get("lr") == 1.0:
+                raise tm.InputError("the loss is not finite")
+            return learned(*given, **options)
+
+        monkeypatch.setattr(stages, "pretrain", diverging)
+        result = small(tmp_path, sizes=[1], rates=[1.0, 2e-3, 1e-3], arms=["scratch"], seeds=1)
+        assert [rate["lr"] for rate in result["rates"]] == [2e-3]
+
+    def test_one_seed_has_no_interval(self, tmp_path):
+        result = small(tmp_path, seeds=1)
+        assert "one seed has no interval" in result["verdict"]
+        assert "inf" not in (tmp_path / "report.html").read_text().replace("info", "")
+
+    def test_energies_of_elements_without_labels_are_guessed_and_said(self, tmp_path):
+        """Of a reference of zero, an energy of -30 eV per atom would be all error."""
+        known, new = alloys(12, seed=3), alloys(6, seed=4)
+        for atoms in new:
+            atoms.numbers[atoms.numbers == 29] = 47
+        for atoms in (*known, *new):
+            atoms.info["energy"] = -30.0 * len(atoms) + 0.01 * atoms.get_volume()
+            atoms.calc = None
+        goal = Target(known, tm.Potential(forces=0.0, stress=0.0), new)
+        result = small(tmp_path, targets={"energy": goal}, seeds=1)
+        assert all(run["mae"] < 3 for run in result["runs"])
+        assert "Test structures have Ag" in result["verdict"]
+
+    def test_frames_of_a_material_without_an_id_are_drawn_together(self, tmp_path):
+        structures = alloys(20, seed=3)
+        frames = [atoms for one in structures[:5] for atoms in (one, one.copy(), one.copy())]
+        for i, atoms in enumerate(frames):
+            atoms.info["gap"] = 1.0 + 0.01 * i
+            atoms.rattle(0.05, seed=i)
+        for atoms in structures:
+            atoms.info["gap"] = 2.0
+        test = Target(structures[5:], tm.Property("gap"), frames)
+        small(tmp_path, targets={"gap": test}, arms=["scratch"], seeds=1)
+        (cell,) = tmp_path.glob("cells/tuned-*/result.json")
+        compositions = len({str(sorted(atoms.symbols)) for atoms in frames})
+        assert len(set(json.loads(cell.read_text())["result"]["materials"])) == compositions > 1
+
+    def test_names_are_no_paths_and_no_markup(self, tmp_path):
+        out = tmp_path / "study"
+        name = "../../[/x] " + "\N{ATOM SYMBOL}" * 90
+        structures = gaps(20, 3)
+        structures[0].info.pop("gap")
+        small(out, targets={name: Target(structures, tm.Property("gap"))}, arms=["scratch"], seeds=1, quiet=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["study"]
+
+    def test_the_same_time_in_other_words_is_the_same(self, study):
+        out, _ = study
+        before = len(list(out.glob("cells/*")))
+        small(out, pretraining="0.40s", tuning="0.20s")
+        assert len(list(out.glob("cells/*"))) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"arms": {"mine": tm.Property("nothing")}}, "no structure has 'nothing'"),
+            ({"arms": {"mine": Arm(tm.Potential(), [bulk("Ni")])}}, "mine learns energy or forces or stress, but"),
+            ({"arms": {"mine": "Potential"}}, "must be an objective"),
+            ({"arms": "efs_drivative"}, "there is no arm 'efs_drivative'"),
+            ({"backbones": {"CGAT": tm.CGAT()}}, "the arm efs_derivative with CGAT: CGAT is not smooth"),
+            ({"backbones": {}}, "no backbone"),
+            ({"sizes": [5.5]}, "5.5 is no number of labels"),
+            ({"seeds": 2.0}, "seeds is 2.0"),
+            ({"structures": {}}, "no structures to pre-train on"),
+            ({"targets": {"gap": gaps(8, 3)}}, "give Target"),
+            ({"targets": {"gap": Target(gaps(8, 3), tm.Property("gap", task="classification"))}}, "classes are"),
+        ],
+    )  # fmt: skip
+    def test_what_no_cell_could_do_is_refused_before_any(self, tmp_path, changes, words):
+        with pytest.raises(tm.InputError, match=words):
+            small(tmp_path / "study", **changes)
+        assert not (tmp_path / "study").exists()
+
+    def test_what_a_backbone_cannot_learn_is_left_out_of_all_arms(self, tmp_path, capsys):
+        study = small(tmp_path, arms=None, backbones={"CGAT": tm.CGAT()}, dry_run=True)
+        assert study == {} and "e_derivative is left out: CGAT is not smooth" in capsys.readouterr().err
+
+    def test_levels_are_not_mixed_in_one_of_ones_own_objectives(self, tmp_path):
+        mine = tm.Together({"x": tm.Potential(), "y": tm.Denoise()})
+        levels = {"a": alloys(8, 1), "b": alloys(8, 2)}
+        with pytest.raises(tm.InputError, match="the arm mine learns energies together with something else, but a, b"):
+            small(tmp_path, structures=levels, arms={"mine": mine})
+
+    def test_keys_are_named_for_ones_own_objectives_of_several_parts(self, tmp_path):
+        structures = alloys(20, seed=7)
+        for atoms in structures:
+            atoms.info["E"] = atoms.get_potential_energy()
+            atoms.calc = None
+        mine = {"mine": tm.Together({"x": tm.Potential(), "y": tm.Denoise()})}
+        result = small(tmp_path, structures=structures, arms=mine, label={"energy": "E"}, seeds=1)
+        assert {run["arm"] for run in result["runs"]} == {"scratch", "scratch_long", "mine"}
+
     def test_arms_need_their_labels(self, tmp_path):
         with pytest.raises(tm.InputError, match="'efs_derivative' needs labels that the structures lack: they have"):
             bakeoff(
@@ -188,7 +308,7 @@ def test_without_stress_there_are_arms_of_energies_and_forces(tmp_path):
     def arms(structures) -> set[str]:
         data = {"": structures}
         plan = Plan(data, {}, {"gap": Target(gaps(12, 3), tm.Property("gap"))}, tmp_path, {}, {}, None, True)
-        return set(plan.objectives(None))
+        return set(plan.objectives(None, {"PaiNN": tm.PaiNN(8, 1, 4.0, 6)}))
 
     both = {"scratch", "scratch_long", "denoise_direct", "denoise_derivative", "dens_derivative"}
     both |= {"e_derivative", "f_derivative"}
@@ -252,6 +372,22 @@ class TestRanking:
         (found,) = answers(runs)
         assert found["low"] > 1 or found["high"] < 1
         assert found["answer"] == "not clear"
+
+    def test_sizes_and_properties_of_one_test_set_are_no_more_materials(self):
+        """Or what many sizes repeat would look surer than one."""
+        one = [run for run in self.runs(1.1) if run["target"] == "a"]
+        again = [{**run, "n_train": 2 * run["n_train"]} for run in one]
+        other = [{**run, "target": "another property", "test_ids_sha": "same"} for run in one]
+        intervals = [answers(runs)[0]["materials interval"] for runs in (one, [*one, *again])]
+        intervals.append(answers([*({**run, "test_ids_sha": "same"} for run in one), *other])[0]["materials interval"])
+        assert intervals[1] == pytest.approx(intervals[0]) and intervals[2] == pytest.approx(intervals[0])
+
+    def test_few_test_materials_allow_no_answer(self):
+        runs = (run for run in self.runs(0.3) if run["target"] == "a")
+        few = [{**run, "errors": run["errors"][:8], "mae": float(np.mean(run["errors"][:8]))} for run in runs]
+        (answer, *_) = answers(few)
+        assert answer["high"] < 1 and answer["materials interval"][1] < 1 and answer["answer"] == "not clear"
+        assert not any(row.get("clear") for row in comparisons(few))
 
     def test_frames_of_a_material_count_together(self):
         runs = [{**run, "materials": np.repeat(np.arange(4), 50).tolist()} for run in self.runs(0.97)]

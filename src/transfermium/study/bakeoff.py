@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 
 from ..backbones import Backbone, TensorNet
@@ -24,7 +23,7 @@ from .bakeoff_page import finite, page, questions, rows
 from .bounds import both, fair, seconds_of
 from .cells import Cell, run
 from .plan import ARMS, Arm, Plan, Target
-from .ranking import LONG, answers, comparisons, verdict
+from .ranking import LONG, SCRATCH, Run, answers, comparisons, diverged, verdict
 from .stages import VALID, check_options
 
 __all__ = ["ARMS", "Arm", "Target", "bakeoff"]
@@ -85,17 +84,25 @@ def bakeoff(
     out = Path(out)
     if not targets:
         raise InputError("a comparison needs a target: give labelled structures and what to learn of them")
+    for name, target in targets.items():
+        if not isinstance(target, Target):
+            raise InputError(f"the target {name} is {target!r}: give Target(structures, objective)")
     check_options(rates, edges, seeds, workers)
     fair(pretraining), fair(tuning)
     backbones = {"TensorNet": TensorNet(32, 2)} if backbones is None else dict(backbones)
+    if not backbones:
+        raise InputError("there is no backbone to compare with: leave backbones out, or name one")
+    arms = [arms] if isinstance(arms, str) else arms
     levels = (
         {name: read(source) for name, source in structures.items()}
         if isinstance(structures, Mapping)
         else {"": read(structures)}
     )
+    if not levels or not all(map(len, levels.values())):
+        raise InputError("there are no structures to pre-train on: give some")
     own = {name: arm for name, arm in arms.items() if isinstance(arm, Arm)} if isinstance(arms, Mapping) else {}
     plan = Plan(levels, own, targets, out, label or {}, unit or {}, sizes, quiet)
-    objectives = plan.objectives(arms)
+    objectives = plan.objectives(arms, backbones)
     if LONG in objectives:
         both(fair(pretraining), fair(tuning))
     settings = {"pretraining": pretraining, "tuning": tuning, "edges": edges}
@@ -116,8 +123,9 @@ def bakeoff(
     found = dict(run(chain(*search.values()), out, executor=executor, workers=workers, quiet=quiet))
     chosen = {}
     for case, tried in search.items():
-        losses = [_or_infinite(found[cell]["validation loss"]) for cell in tried]
-        chosen[case] = rates[int(np.argmin(losses))]
+        results_of = [found[cell] for cell in tried]
+        ranks = [(diverged(one), _or_infinite(one.get("validation loss"))) for one in results_of]
+        chosen[case] = rates[ranks.index(min(ranks))]
 
     grid = [
         (target, backbone, arm, size, seed, chosen[target, backbone, arm])
@@ -129,6 +137,11 @@ def bakeoff(
     ]
     found |= dict(run(cells(grid), out, executor=executor, workers=workers, quiet=quiet))
     runs = [found[cell] for cell in cells(grid)]
+    lost = [run for run in runs if diverged(run)]
+    if not any(run["arm"] == SCRATCH and not diverged(run) for run in runs):
+        raise InputError(
+            f"all training from scratch diverged, at all of {', '.join(map(str, rates))}: try smaller rates"
+        )
     result: dict[str, Any] = {
         "settings": {**settings, "valid fraction": VALID, "rates": list(rates), "seeds": seeds},
         "arms": {name: None if objective is None else described(objective) for name, objective in objectives.items()},
@@ -136,11 +149,12 @@ def bakeoff(
         "rates": [{"target": t, "backbone": b, "arm": a, "lr": rate} for (t, b, a), rate in chosen.items()],
         "own structures": plan.own_counts,
         "leaks": plan.leaks,
+        "diverged": [{name: one[name] for name in ("target", "backbone", "arm", "n_train", "seed")} for one in lost],
         "runs": [{k: v for k, v in one.items() if k not in ("errors", "materials")} for one in runs],
         "comparisons": comparisons(runs),
         "answers": answers(runs),
     }
-    result["verdict"] = verdict(result["answers"])
+    result["verdict"] = f"{verdict(result['answers'])}{_lost(lost)}{_guessed(runs)}"
     write_json(out / "results.json", finite(result))
     path = page(result, plan.counts).write(out / "report.html")
     if not quiet:
@@ -168,6 +182,28 @@ def _price(
         return cells
     seconds = bases * first + tunings * (len(objectives) * second + (LONG in objectives) * first)
     return f"{cells}: {seconds / 3600:.2g} hours of processor time"
+
+
+def _lost(runs: Sequence[Run]) -> str:
+    """A sentence about runs that diverged, where there are any."""
+    if not runs:
+        return ""
+    seeds: dict[str, list[str]] = {}
+    for one in runs:
+        seeds.setdefault(f"{one['arm']} on {one['target']} ({one['backbone']})", []).append(str(one["seed"]))
+    said = ", ".join(f"{what} with seed {' and '.join(dict.fromkeys(own))}" for what, own in seeds.items())
+    return f" Runs that diverged: {said}; what is compared with them leaves these seeds out."
+
+
+def _guessed(runs: Sequence[Run]) -> str:
+    """A sentence about energies that rest on a guess."""
+    symbols = sorted({symbol for run in runs for symbol in run.get("guessed references", ())})
+    if not symbols:
+        return ""
+    return (
+        f" Test structures have {', '.join(symbols)}, of which some runs had no label: their energies there rest on a "
+        "guessed reference (give more labels, or other test structures)."
+    )
 
 
 def _or_infinite(loss: float | None) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from ..report import Page, forest
 from .bounds import bound_of, in_words
-from .ranking import LONG, SCRATCH
+from .intervals import ENOUGH
+from .ranking import LONG, SCRATCH, diverged
 
 Result = Mapping[str, Any]  # of `bakeoff`
 
@@ -23,7 +25,8 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
         "Ratio of errors over all targets, with its 95 % interval over seeds",
         [
             "Below one the arm has the lower errors. An answer is yes or no where neither other seeds nor other test "
-            "materials, each at 95 %, explain the difference; the interval shown is that of the seeds.",
+            f"materials, each at 95 %, explain the difference, and {ENOUGH} materials or more were tested; the "
+            "interval shown is that of the seeds.",
             "Questions are not corrected for their number: of twenty, one may be answered by chance.",
         ],
     )
@@ -45,6 +48,7 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
     for arm, text in result["own structures"].items():
         page.text(f"{arm} was pre-trained on other materials than the rest: {text}.")
     page.table(result["rates"], "Learning rates that were chosen")
+    page.table(costs(result), "What it took: processor seconds and steps of one run, in the middle")
     return page.numbers(result)
 
 
@@ -65,10 +69,15 @@ def questions(result: Result) -> list[dict[str, str]]:
             "question": answer["question"],
             **({"backbone": answer["backbone"]} if several else {}),
             "answer": answer["answer"],
-            "ratio": f"{answer['ratio']:.3f} ({answer['low']:.3f} to {answer['high']:.3f})",
+            "ratio": f"{answer['ratio']:.3f}{_bounds(answer['low'], answer['high'])}",
         }
         for answer in result["answers"]
     ]
+
+
+def _bounds(low: float, high: float) -> str:
+    """An interval over seeds in brackets; nothing of one seed."""
+    return f" ({low:.3f} to {high:.3f})" if math.isfinite(high) else ""
 
 
 def rows(result: Result, short: bool = False) -> list[dict[str, str]]:
@@ -85,10 +94,28 @@ def _row(one: Mapping[str, Any]) -> dict[str, str]:
     row["MAE"] = f"{one['mae']:.4g} {one['unit']}".strip()
     row |= dict.fromkeys(("/ scratch", "other seeds", "other materials", "clear"), "")
     if "ratio" in one:
-        seeds, materials = ("{:.2f} to {:.2f}".format(*one[name]) for name in ("seeds interval", "materials interval"))
-        row |= {"/ scratch": f"{one['ratio']:.3f}", "other seeds": seeds, "other materials": materials}
+        low, high = one["seeds interval"]
+        row |= {"/ scratch": f"{one['ratio']:.3f}", "other seeds": f"{low:.2f} to {high:.2f}" if low else ""}
+        row["other materials"] = "{:.2f} to {:.2f}".format(*one["materials interval"])
         row["clear"] = "yes" if one["clear"] else ""
     return row
+
+
+def costs(result: Result) -> list[dict[str, str]]:
+    """Rows of a table of what runs of each arm took: where operations were counted, seconds differ."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in result["runs"]:
+        if not diverged(run):
+            found.setdefault((run["backbone"], run["arm"]), []).append(run)
+    shown = {"pretrain_seconds": "pre-training (s)", "train_seconds": "fine-tuning (s)", "steps": "steps of it"}
+    return [
+        {
+            "backbone": backbone,
+            "arm": arm,
+            **{title: f"{median(r[key] for r in own):,.4g}" for key, title in shown.items()},
+        }
+        for (backbone, arm), own in found.items()
+    ]
 
 
 def panels(result: Result) -> dict[str, list[tuple[str, float, float, float]]]:

@@ -82,8 +82,7 @@ class Cell:
     @cached_property
     def title(self) -> str:
         """What it is called on the screen: the function and the values of the key."""
-        words = "-".join([self.work.__name__.strip("_"), *map(str, self.key.values())])
-        return re.sub(r"[^\w.+-]+", "_", words)[:80]
+        return cut("-".join([self.work.__name__.strip("_"), *map(str, self.key.values())]), 80)
 
     @cached_property
     def name(self) -> str:
@@ -134,6 +133,11 @@ class Cell:
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+
+def cut(words: str, most: int) -> str:
+    """Words as part of a file's name: without what has a meaning in paths, in so many bytes at most."""
+    return re.sub(r"[^\w.+-]+", "_", words).encode()[:most].decode(errors="ignore")
 
 
 def run(

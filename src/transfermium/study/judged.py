@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_numbers
+from torch import Tensor, zeros_like
 
 from ..data import Labelled, Labels, resolve
+from ..data.columns import count_elements
 from ..dataset import subtractable
-from ..evaluate import Pairs, compared, objective_of, output_of
+from ..evaluate import Pairs, compared, objective_of, output_of, without_reference
 from ..model import Model
 from ..objectives import Objective
+from ..unseen import WITHOUT
+from .ranking import WRONG
 
 
 def errors_of(
@@ -38,7 +43,7 @@ def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[s
     for name, rows in pairs.items():
         if rows[0][1].shape != np.shape(rows[0][0]):
             errors[name] = [_wrong(np.asarray(target), output) for target, output in rows]
-            units[name] = "wrong"
+            units[name] = WRONG
             continue
         found = [np.abs(output - target) for target, output in rows]
         if not all(np.isfinite(each).any() for each in found):
@@ -64,3 +69,18 @@ def labelled_for(
     optional = list(wanted) if len(wanted) > 1 else []
     labels = resolve(structures, list(wanted), labels=label, units=unit, optional=optional)
     return Labelled(structures, subtractable(structures, labels, objective))
+
+
+def guess_references(model: Model, structures: Sequence[Atoms], prior: Tensor | None = None) -> list[str]:
+    """Give elements of the structures that no label had the mean reference of the others, or of a cheap level's
+    references the mean shift, in place: a reference of zero would be an error of electronvolts per atom. Their symbols.
+    """
+    lacking = without_reference(model, np.flatnonzero(count_elements(structures)))
+    known = [atomic_numbers[s] for s in model.card["elements"] if s not in model.card.get(WITHOUT, ())]
+    if not (lacking and known):
+        return lacking
+    references: Tensor = model.heads["energy"].references  # type: ignore[assignment]
+    before = zeros_like(references) if prior is None else prior.to(references)
+    new = [atomic_numbers[s] for s in lacking]
+    references[new] = before[new] + (references - before)[known].mean()
+    return lacking

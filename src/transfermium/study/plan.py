@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from ..data.read import Source
 from ..data.sequences import Joined, Subset
 from ..data.split import materials
 from ..errors import InputError
-from ..objectives import Denoise, Objective, Potential, Together
+from ..objectives import Denoise, Objective, Potential, Property, Together
 from ..objectives.together import Parts
 from ..run import fingerprint
+from ..transfer import check_together
 from .bounds import both, bound_of, plain
-from .cells import Cell
+from .cells import Cell, cut
+from .judged import labelled_for
 from .ranking import LONG, SCRATCH
 from .stages import pretrained, tuned
 
@@ -98,7 +101,7 @@ class Plan:
             self.pools[name] = self.packs.add(f"{name}-pool", pool)
             self.tests[name] = self.packs.add(f"{name}-test", test)
             self.ids[name] = fingerprint(test)
-            self.sizes[name] = sorted(set(sizes)) if sizes else [min(len(pool), 500)]
+            self.sizes[name] = sorted(set(map(_whole, sizes))) if sizes else [min(len(pool), 500)]
             if self.sizes[name][0] < 1:
                 raise InputError(f"{self.sizes[name][0]} is no number of labels: ask for some")
             if self.sizes[name][-1] > len(pool):
@@ -109,6 +112,7 @@ class Plan:
         self.leaks = summary([leak for _, found in sides.values() for leak in found], sum(map(len, levels.values())))
         near = []
         self.levels: dict[str, str] = {}
+        self.shared: dict[str, Sequence[Atoms]] = {}
         for name, (kept, _) in sides.items():
             if not len(kept):
                 raise InputError(
@@ -116,6 +120,7 @@ class Plan:
                 )
             near.append(Subset(kept, nearest_equilibrium(kept, label, unit)))
             self.levels[name] = self.packs.add(f"pretraining{name and '-'}{name}", kept)
+            self.shared[name] = kept
         relaxed = Joined(near) if len(near) > 1 else near[0]
         self.relaxed = self.packs.add("relaxed", relaxed)
         self.own_counts: dict[str, str] = {}
@@ -125,7 +130,7 @@ class Plan:
             for text in Denoise().warnings(
                 [relaxed[i] for i in np.unique(np.linspace(0, len(relaxed) - 1, 500).astype(int))]
             ):
-                console.print(f"[yellow]Noise: {text}[/yellow]")
+                console.print(f"Noise: {text}", style="yellow", markup=False)
             counts = self.counts
             console.print(
                 f"Pre-training on {counts['structures']} structures, {counts['relaxed']} for noise; {self.leaks}"
@@ -137,20 +142,54 @@ class Plan:
         kept, found = _untested(everything, tests, quiet)
         self.own_counts[name] = f"{len(kept)} structures of its own; {summary(found, len(everything))}"
         if not quiet:
-            console.print(f"{name}: {self.own_counts[name]}")
+            console.print(f"{name}: {self.own_counts[name]}", markup=False)
             some = np.unique(np.linspace(0, len(kept) - 1, 500).astype(int))
             for text in arm.objective.warnings([kept[int(i)] for i in some] if len(kept) else []):
-                console.print(f"[yellow]{name}: {text}[/yellow]")
+                console.print(f"{name}: {text}", style="yellow", markup=False)
         if not len(kept):
             raise InputError(f"every structure of the arm {name} is also in a test set: there is nothing to learn from")
+        self._check_labels(name, arm.objective, kept)
         return self.packs.add(f"own-{name}", kept)
 
-    def objectives(self, arms: Sequence[str] | Mapping[str, Objective | Arm] | None) -> dict[str, Objective | None]:
-        """Arms and their objectives of pre-training, None where there is no such stage."""
+    def _check_labels(self, name: str, objective: Objective, structures: Sequence[Atoms]) -> None:
+        """Refuse an arm whose structures have nothing of what it learns from."""
+        wanted = objective.labels()
+        if not wanted:
+            return
+        named = ({k: v for k, v in one.items() if k in wanted} for one in (self.label, self.unit))
+        labels, units = named
+        optional = [quantity for quantity, needed in wanted.items() if not needed or len(wanted) > 1]
+        if not resolve(structures, list(wanted), labels=labels, units=units, optional=optional).entries:
+            raise InputError(f"the arm {name} learns {' or '.join(wanted)}, but its structures have none")
+
+    def objectives(
+        self, arms: Sequence[str] | Mapping[str, Objective | Arm] | None, backbones: Mapping[str, Backbone]
+    ) -> dict[str, Objective | None]:
+        """Arms and their objectives of pre-training, None where there is no such stage; none that a backbone cannot
+        learn, which those of one's own choice are refused for."""
+        found = self._named(arms)
+        for backbone, architecture in backbones.items():
+            for target in self.targets.values():
+                check_together(architecture, target.objective)
+            for arm, objective in [(arm, objective) for arm, objective in found.items() if objective is not None]:
+                try:
+                    check_together(architecture, objective)
+                except InputError as error:
+                    if arms is not None:
+                        raise InputError(f"the arm {arm} with {backbone}: {error}") from None
+                    console.print(f"{arm} is left out: {error}", markup=False)
+                    del found[arm]
+        return found
+
+    def _named(self, arms: Sequence[str] | Mapping[str, Objective | Arm] | None) -> dict[str, Objective | None]:
+        """Before it is known what the backbones can learn."""
         controls = {SCRATCH: None, LONG: None}
         if isinstance(arms, Mapping):
             if taken := controls.keys() & arms.keys():
                 raise InputError(f"'{min(taken)}' is the name of a control: choose another one for your arm")
+            for name, own in arms.items():
+                if not isinstance(own, Arm):
+                    self._check_own(name, own)
             return {**controls, **{name: arm.objective if isinstance(arm, Arm) else arm for name, arm in arms.items()}}
         known: dict[str, Objective | None] = {**controls, **ARMS}
         for arm in arms or []:
@@ -163,6 +202,21 @@ class Plan:
             )
         usual = [name for name in possible if "stress" not in self.labels or not name.startswith("ef_")]
         return {name: possible[name] for name in possible if name in {SCRATCH, *(usual if arms is None else arms)}}
+
+    def _check_own(self, name: str, objective: Objective) -> None:
+        """Refuse what an objective of one's own cannot learn of the structures that all arms share."""
+        if not isinstance(objective, Objective):
+            raise InputError(
+                f"the arm {name} is {objective!r}, but must be an objective, or Arm(objective, structures)"
+            )
+        energies = isinstance(objective, Parts) and any(isinstance(p, Potential) for p in objective.parts.values())
+        if energies and len(self.levels) > 1:
+            raise InputError(
+                f"the arm {name} learns energies together with something else, but {', '.join(self.levels)} each have "
+                "their own: choose one level, or compare a Potential alone, which learns each with an energy of its own"
+            )
+        for structures in self.shared.values():
+            self._check_labels(name, objective, structures)
 
     def _possible(self, name: str, objective: Objective) -> bool:
         letters = {"e": "energy", "f": "forces", "s": "stress"}
@@ -201,7 +255,7 @@ class Plan:
                 "data": data,
                 "objective": objective,
                 "architecture": backbones[backbone],
-                "time": settings["pretraining"],
+                "time": plain(bound_of(settings["pretraining"])),
                 "edges": settings["edges"],
                 "label": self.label,
                 "unit": self.unit,
@@ -222,7 +276,14 @@ class Plan:
             "label": dict(goal.label),
             "unit": dict(goal.unit),
         }
-        return Cell(key, tuned, arguments, needs)
+        return Cell(key, tuned, arguments, needs, version=2)
+
+
+def _whole(size: object) -> int:
+    try:
+        return operator.index(size)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"{size!r} is no number of labels: give whole numbers") from None
 
 
 def divided(name: str, target: Target) -> Divided:
@@ -242,7 +303,7 @@ def divided(name: str, target: Target) -> Divided:
     if tolerance == FRAMES:
         said = f"train and test are frames of one system, {said or 'and none is in both'}"
     if said:
-        console.print(f"{name}: {said}")
+        console.print(f"{name}: {said}", markup=False)
     if len(pool) < 5 or not len(test):
         left = f" ({said})" if said else ""
         raise InputError(
@@ -269,8 +330,8 @@ class Packs:
         self.missing: dict[str, Sequence[Atoms]] = {}
 
     def add(self, name: str, structures: Sequence[Atoms]) -> str:
-        """The name that they will have when they are written."""
-        name = f"{name}-{fingerprint(structures)}"
+        """The name that they will have when they are written, which is a file's name in all file systems."""
+        name = f"{cut(name, 80)}-{fingerprint(structures)}"
         self.missing[name] = structures
         return name
 
@@ -291,8 +352,13 @@ def _labelled(name: str, structures: Sequence[Atoms], target: Target) -> Subset:
         raise InputError(f"no structure of {name} has any of {', '.join(wanted)}")
     has = [labels[judged].value(atoms) is not None for atoms in structures]
     if not all(has):
-        console.print(f"{name}: {has.count(False)} of {len(has)} structures have no {judged} and are left out")
-    return Subset(structures, np.flatnonzero(has))
+        said = f"{name}: {has.count(False)} of {len(has)} structures have no {judged} and are left out"
+        console.print(said, markup=False)
+    kept = Subset(structures, np.flatnonzero(has))
+    if isinstance(target.objective, Property):  # or it would fail later, once something was learned
+        labelled, rng = labelled_for(target.objective, kept, target.label, target.unit), np.random.default_rng(0)
+        target.objective.settled([target.objective.prepare(labelled[i], rng) for i in range(len(labelled))])
+    return kept
 
 
 def nearest_equilibrium(structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]) -> np.ndarray:

@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.data import atomic_numbers
 from torch import Tensor
 
 from ..backbones import Backbone
 from ..card import theory
 from ..data import nested, read
-from ..data.columns import count_elements
 from ..data.sequences import Subset
 from ..data.split import split
 from ..errors import InputError
-from ..evaluate import compared, without_reference
+from ..evaluate import compared
 from ..model import Model, load, stored_as
 from ..objectives import Fidelities, Objective, Property
 from ..transfer import finetune, pretrain
-from ..unseen import WITHOUT
 from .cells import Done
-from .judged import errors_of, labelled_for
+from .judged import errors_of, guess_references, labelled_for
 from .stages import cost_of, packed_at
 
 VALID = 0.2  # of the labels of a model that is trained
@@ -149,7 +146,7 @@ def point(
     validation = trained.card["metrics"].get("validation", {})
     tests = read(packed_at(folder, test))
     if guess:
-        _guess_references(trained, tests, prior)
+        guess_references(trained, tests, prior)
     errors, units = errors_of(trained, tests, label, unit)
     return {
         **said, **_forgotten(trained), "steps": cost["steps"], "train_seconds": cost["seconds"],
@@ -190,19 +187,6 @@ def _jointly(
     found.card = {**found.card, "history": joint.card["history"], "metrics": {**metrics, "validation": own}}
     heads = joint.part(CHEAP).heads
     return found, getattr(heads["energy"], "references", None) if "energy" in heads else None
-
-
-def _guess_references(model: Model, structures: Sequence[Atoms], prior: Tensor | None = None) -> None:
-    """Give elements of the structures that no label had the mean reference of the others, or of a cheap level's
-    references the mean shift, in place: a reference of zero would be an error of electronvolts per atom."""
-    lacking = without_reference(model, np.flatnonzero(count_elements(structures)))
-    known = [atomic_numbers[s] for s in model.card["elements"] if s not in model.card.get(WITHOUT, ())]
-    if not (lacking and known):
-        return
-    references: Tensor = model.heads["energy"].references  # type: ignore[assignment]
-    before = torch.zeros_like(references) if prior is None else prior.to(references)
-    new = [atomic_numbers[s] for s in lacking]
-    references[new] = before[new] + (references - before)[known].mean()
 
 
 def _learned_before(folder: Path, old: Mapping[str, Any], seed: int) -> Sequence[Atoms]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Interval, bootstrap, compare, paired, student
+from .intervals import ENOUGH, Interval, bootstrap, compare, paired, student
 
 SCRATCH, LONG = "scratch", "scratch_long"
+WRONG = "wrong"  # unit of errors of classes
 QUESTIONS = {  # arm and what it is compared with
     "Does pre-training beat the same fine-tuning from scratch?": ("efs_derivative", SCRATCH),
     "Does it beat training from scratch for as long as both stages took?": ("efs_derivative", LONG),
@@ -24,7 +25,8 @@ QUESTIONS = {  # arm and what it is compared with
     "Do energy, forces and stress beat forces and stress?": ("efs_derivative", "fs_derivative"),
 }
 
-Run = Mapping[str, Any]  # "target", "backbone", "arm", "seed", "n_train", "mae", "quantity", "unit", "errors"
+Run = Mapping[str, Any]  # "target", "backbone", "arm", "seed", "n_train", "mae", "quantity", "unit", "errors"; of runs
+# that diverged the first five alone
 
 
 def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -32,8 +34,10 @@ def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for case in dict.fromkeys(_case(run) for run in runs):
         here = [run for run in runs if _case(run) == case]
-        for arm in dict.fromkeys(run["arm"] for run in here):
-            own = [run for run in here if run["arm"] == arm]
+        for arm in _values(here, "arm"):
+            own = [run for run in here if run["arm"] == arm and not diverged(run)]
+            if not own:
+                continue
             mean = student([run["mae"] for run in own])
             row = {
                 **dict(zip(("target", "backbone", "n_train"), case, strict=True)),
@@ -44,8 +48,8 @@ def comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "mae": mean.value,
                 "mae interval": [mean.low, mean.high],
             }
-            if arm != SCRATCH:
-                found = compare(_errors(here, arm), _errors(here, SCRATCH), groups=_materials(here))
+            if arm != SCRATCH and (both := _of_both(here, arm, SCRATCH)):
+                found = compare(_errors(both, arm), _errors(both, SCRATCH), groups=_materials(both))
                 row |= {
                     "ratio": found.seeds.value,
                     "seeds interval": list(found.seeds[1:]),
@@ -60,16 +64,19 @@ def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The questions that the arms allow, each answered by the ratio of errors over all targets and sizes.
 
     Ratios are averaged over targets, as logarithms. An answer is clear where neither other seeds nor other test
-    materials explain it, on these targets; what other targets would say is not asked.
+    materials explain it, on these targets; what other targets would say is not asked. Seeds with which one of the two
+    diverged, on any target, are left out.
     """
     rows = []
-    for backbone in dict.fromkeys(run["backbone"] for run in runs):
+    for backbone in _values(runs, "backbone"):
         here = [run for run in runs if run["backbone"] == backbone]
-        targets = {target: [run for run in here if run["target"] == target] for target in _values(here, "target")}
         for question, (arm, other) in _questions(_values(here, "arm")).items():
-            ratio = _ratio(here, arm, other)
-            others = _other_materials(here, arm, other)
-            sure = ratio.excludes(1.0) and others.excludes(1.0)
+            both = _of_both(here, arm, other)
+            if not both:
+                continue
+            ratio, others = _ratio(both, arm, other), _other_materials(both, arm, other)
+            sure = ratio.excludes(1.0) and others.excludes(1.0) and _n_materials(both) >= ENOUGH
+            targets = {target: [run for run in both if run["target"] == target] for target in _values(both, "target")}
             rows.append(
                 {
                     "question": question,
@@ -79,12 +86,17 @@ def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "ratio": ratio.value,
                     "low": ratio.low,
                     "high": ratio.high,
+                    "seeds": len(_values(both, "seed")),
                     "materials interval": list(others[1:]),
                     "answer": ("yes" if ratio.value < 1 else "no") if sure else "not clear",
                     "targets": {target: _ratio(own, arm, other).value for target, own in targets.items()},
                 }
             )
     return rows
+
+
+def diverged(run: Run) -> bool:
+    return "mae" not in run
 
 
 def verdict(found: Sequence[Mapping[str, Any]]) -> str:
@@ -110,9 +122,14 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _said(arm: str, other: str, answer: Mapping[str, Any]) -> str:
-    interval = f"{answer['ratio']:.2f} times the errors, {answer['low']:.2f} to {answer['high']:.2f}"
+    interval = f"{answer['ratio']:.2f} times the errors, {spread(answer['low'], answer['high'], 2)}"
     words = {"yes": "beats", "no": "is worse than", "not clear": "cannot be told from"}[answer["answer"]]
-    return f"{arm} {words} {other} ({interval} over seeds)."
+    return f"{arm} {words} {other} ({interval})."
+
+
+def spread(low: float, high: float, digits: int, over: str = "seeds") -> str:
+    """For people, an interval that is there with two seeds or more."""
+    return f"{low:.{digits}f} to {high:.{digits}f} over {over}" if math.isfinite(high) else "one seed has no interval"
 
 
 def _questions(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -130,44 +147,65 @@ def _ratio(runs: Sequence[Run], arm: str, other: str) -> Interval:
 
 
 def _other_materials(runs: Sequence[Run], arm: str, other: str) -> Interval:
-    """The ratio over all targets, had other materials been tested: those of each target are drawn by themselves."""
+    """The ratio over all targets, had other materials been tested: those of each test set are drawn by themselves, and
+    for all sizes and properties that are tested on it alike."""
     logs, variance = [], 0.0
-    cases = list(dict.fromkeys(_case(run) for run in runs))
-    for case in cases:
-        here = [run for run in runs if _case(run) == case]
+    for test in dict.fromkeys(_test(run) for run in runs):
+        here = [run for run in runs if _test(run) == test]
+        n = len(dict.fromkeys(_case(run) for run in here))
         found = bootstrap(_errors(here, arm), _errors(here, other), groups=_materials(here), ratio=True)
-        logs.append(math.log(found.value))
+        logs += [math.log(found.value)] * n
         width = math.log(found.high / found.low) if found.low > 0 and math.isfinite(found.high) else math.inf
-        variance += (width / 2 / 1.96) ** 2
-    mean, half = float(np.mean(logs)), 1.96 * math.sqrt(variance) / len(cases)
+        variance += (n * width / 2 / 1.96) ** 2
+    mean, half = float(np.mean(logs)), 1.96 * math.sqrt(variance) / len(logs)
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(min(mean + half, 700.0)))
+
+
+def _of_both(runs: Sequence[Run], arm: str, other: str) -> list[Run]:
+    """Runs of two arms with the seeds with which neither diverged."""
+    both = [run for run in runs if run["arm"] in (arm, other)]
+    lost = {run["seed"] for run in both if diverged(run)}
+    return [run for run in both if run["seed"] not in lost]
+
+
+def _n_materials(runs: Sequence[Run]) -> int:
+    """Test materials of all test sets."""
+    sets = {_test(run): run for run in runs}
+    return sum(len(set(run.get("materials") or range(len(run["errors"])))) for run in sets.values())
 
 
 def _per_seed(runs: Sequence[Run], arm: str) -> list[float]:
     """Geometric mean of the errors over targets and sizes, for each seed."""
     own = [run for run in runs if run["arm"] == arm]
-    seeds = sorted({run["seed"] for run in own})
+    seeds = sorted({int(run["seed"]) for run in own})
     logs = [[math.log(_mean(run)) for run in own if run["seed"] == seed] for seed in seeds]
     return [math.exp(float(np.mean(values))) for values in logs]
 
 
 def _mean(run: Run) -> float:
-    return float(run["mae"]) or 0.5 / len(run["errors"])
+    return float(run["mae"]) or _least(run)
 
 
 def _errors(runs: Sequence[Run], arm: str) -> np.ndarray:
-    """Of each seed on each test structure: (n_seeds, n_test)."""
-    own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: int(run["seed"]))
-    errors = np.array([run["errors"] for run in own], float)
-    return errors + np.where(
-        errors.any(axis=1, keepdims=True), 0.0, 0.5 / errors.shape[1]
-    )  # none wrong: half a mistake
+    """Of each target, size and seed on each test structure: (n_runs, n_test)."""
+    own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: (*_case(run), int(run["seed"])))
+    return np.array([np.array(run["errors"], float) + (0.0 if any(run["errors"]) else _least(run)) for run in own])
+
+
+def _least(run: Run) -> float:
+    """What an error that is measured as zero stands for in a ratio: half a mistake in all, of numbers next to none."""
+    return 0.5 / len(run["errors"]) if run["unit"] == WRONG else float(np.finfo(np.float32).eps)
 
 
 def _materials(runs: Sequence[Run]) -> list[int] | None:
     """The material of each test structure."""
     found: list[int] | None = runs[0].get("materials")
     return found
+
+
+def _test(run: Run) -> tuple[str, str]:
+    """A test set, by what it holds or else by the name of its target, and the backbone."""
+    return run.get("test_ids_sha") or run["target"], run["backbone"]
 
 
 def _case(run: Run) -> tuple[str, str, int]:

@@ -12,7 +12,7 @@ import torch
 from ..backbones import Backbone
 from ..data import nested, read
 from ..data.sequences import Subset
-from ..data.split import materials
+from ..data.split import independent
 from ..errors import InputError
 from ..model import Model
 from ..objectives import Objective
@@ -21,15 +21,15 @@ from ..train import TrainConfig
 from ..transfer import finetune, pretrain
 from .bounds import bound_of
 from .cells import Done
-from .judged import errors_of
+from .judged import errors_of, guess_references
 
 VALID = 0.2  # of the labels of each fine-tuning, which choose the checkpoint and, once, the learning rate
 
 
 def check_options(rates: Sequence[float], edges: int, seeds: int, workers: int | None) -> None:
     """Refuse what no cell could use before there are any."""
-    if seeds < 1:
-        raise InputError(f"seeds is {seeds}, but must be at least one; three are usual")
+    if not isinstance(seeds, int) or seeds < 1:
+        raise InputError(f"seeds is {seeds}, but must be a number of at least one; three are usual")
     if not rates:
         raise InputError("no learning rate to try: give at least one")
     if workers is not None and workers < 1:
@@ -55,8 +55,8 @@ def pretrained(
     torch.set_num_threads(1)  # or threads that wait would count as work
     model = pretrain(
         packed_at(folder, data), objective, architecture, **bound_of(time), seed=seed, edges=edges,
-        label=_of(objective, label), unit=_of(objective, unit), out=folder / "run", verbose=False, device="cpu",
-        calibrate=False,
+        label=_of(objective, label, data), unit=_of(objective, unit, data), out=folder / "run", verbose=False,
+        device="cpu", calibrate=False,
     )  # fmt: skip
     return cost_of(model)
 
@@ -80,7 +80,7 @@ def tuned(
     unit: Mapping[str, str],
     base: Done | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune one arm on some labels of a target, and test it; a run that diverges has no validation loss."""
+    """Fine-tune one arm on some labels of a target, and test it; a run that diverges has no errors."""
     torch.set_num_threads(1)
     everything = read(packed_at(folder, pool))
     members = nested(np.arange(len(everything)), [n_train], seed=seed)[0]
@@ -89,26 +89,29 @@ def tuned(
         "valid_fraction": VALID, "out": folder / "run", "verbose": False, "device": "cpu", "calibrate": False,
     }  # fmt: skip
     chosen = Subset(everything, members)
+    said = {"target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr}
     try:
         if base is None:
             model = pretrain(chosen, objective, architecture, **options)
         else:
-            model = finetune(base.folder / "run/model.safetensors", chosen, objective, **options)
+            model = finetune(base.folder / "run/model.safetensors", chosen, objective, unseen="group", **options)
     except InputError as error:
         if "not finite" not in str(error):
             raise
-        return {"arm": arm, "lr": lr, "validation loss": None}  # never chosen
+        return said  # never chosen
     tests = read(packed_at(folder, test))
+    lacking = guess_references(model, tests)
     errors_by, units = errors_of(model, tests, label, unit)
     quantity = "forces" if "forces" in errors_by else next(iter(errors_by))
     wanted, errors = units[quantity], errors_by[quantity]
     cost = cost_of(model)
+    groups = independent(tests)
+    one = len(np.unique(groups)) == 1  # its frames are what other tests would draw from
     return {
-        "target": target, "backbone": backbone, "arm": arm, "seed": seed, "n_train": n_train, "lr": lr,
-        "quantity": quantity, "mae": float(np.mean(errors)), "unit": wanted, "steps": cost["steps"],
+        **said, "quantity": quantity, "mae": float(np.mean(errors)), "unit": wanted, "steps": cost["steps"],
         "train_seconds": cost["seconds"], "pretrain_seconds": 0.0 if base is None else base.result["seconds"],
         "test_ids_sha": ids, "n_test": len(errors), "validation loss": cost["validation loss"], "errors": errors,
-        "materials": materials(tests).tolist(),
+        "materials": (np.arange(len(tests)) if one else groups).tolist(), "guessed references": lacking,
     }  # fmt: skip
 
 
@@ -130,8 +133,9 @@ def packed_at(cell: Path, names: Any) -> Any:
     return [packed_at(cell, name) for name in names]
 
 
-def _of(objective: Objective, named: Mapping[str, str]) -> dict[str, str]:
+def _of(objective: Objective, named: Mapping[str, str], data: Any) -> dict[str, str]:
     """What is said of labels, as far as the objective wants them; of several levels, for each."""
-    if isinstance(objective, Parts):
-        return {f"{n}.{k}": text for n, part in objective.parts.items() for k, text in _of(part, named).items()}
+    if isinstance(objective, Parts) and isinstance(data, Mapping):
+        parts = objective.parts.items()
+        return {f"{n}.{k}": text for n, part in parts for k, text in _of(part, named, None).items()}
     return {name: text for name, text in named.items() if name in objective.labels()}
