@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import pickle
 import re
@@ -401,7 +402,12 @@ def formats() -> Iterator[Row]:
         ("lattice of one", {"lattice_vectors": [[1.0]]}),
         ("code for an element", {"species_at_sites": ["__import__('os')"]}),
     ):
-        yield Row(f"Parquet {name}", optimade(**changes), "pack bad.parquet --out OUT", "bad.parquet: .*(read|element)")
+        yield Row(
+            f"Parquet {name}",
+            optimade(**changes),
+            "pack bad.parquet --out OUT",
+            "bad.parquet: .*(read|element|has no species_at_sites)",
+        )
     yield pack_row("LMDB of bytes", bytes(16) + bytes.fromhex("dec0efbe") + bytes(100), "LMDB|lmdb", "aselmdb")
     yield pack_row("database of bytes", bytes(range(256)), "database", "db")
     yield Row("database of others", database, "pack bad.db --out OUT", "not one of ASE")
@@ -699,8 +705,23 @@ OPTIONS = (  # verb, option, words
     (RELAX, "--engine magic", "there is no engine 'magic'"),
     (RELAX, "--out r.cif", "r.cif ends in '.cif'"),
     (RELAX, "--out a.extxyz", "a.extxyz exists"),
+    (TRAIN.replace("Potential", "Removal"), "--seed 0", "there is no objective 'Removal', only Denoise, Fidelities"),
+    (
+        TRAIN.replace("a.extxyz", "free.extxyz"),
+        "--objective.stress 1.0",
+        "no structure is periodic in three directions",
+    ),
+    (TRAIN.replace("Potential", "Denoise").replace("a.ext", "free.ext"), "--objective.strain 0.02", "strain is to be"),
+    (
+        TRAIN.replace("a.extxyz", "one=a.extxyz").replace("Potential", "Together"),
+        "--objective.parts '{one: {class_path: Denoise}, two: {class_path: Potential}}'",
+        "the part 'two' has no structures: give them as two=FILE",
+    ),
+    (TRAIN.replace("a.extxyz", "a.extxyz wrong.extxyz"), "--seed 1", "wrong.extxyz: structure 1: .*not finite"),
+    (BAKEOFF, "--label gapp=gap", "--label gapp=... is of nothing that is learned here: name one of energy"),
+    (BAKEOFF, "--base-unit gap=eV", "--base-unit gap=... is of nothing that is learned here"),
     (BAKEOFF, "--seeds 0", "seeds is 0"),
-    (BAKEOFF, "--sizes many", "--sizes is many, but must be int"),
+    (BAKEOFF, "--sizes many", "--sizes has 'many', which is no whole number"),
     (BAKEOFF, "--sizes 0", "0 is no number of labels"),
     (BAKEOFF, "--sizes 500", "gap has 43 structures to train on, not 500"),
     (BAKEOFF, "--arms magic", "magic"),
@@ -729,6 +750,12 @@ def options() -> Iterator[Row]:
         Path("taken.csv").mkdir()
         file("note", "x")()
         file("empty.extxyz", "")()
+        free, wrong = alloys(4), alloys(4, seed=9)
+        for atoms in free:
+            atoms.pbc = False
+        wrong[1].calc.results["energy"] = math.nan
+        ase.io.write("free.extxyz", free)
+        ase.io.write("wrong.extxyz", wrong)
 
     for command, option, words in OPTIONS:
         kept = "OUT/data" if command in (BAKEOFF, CURVE) else ""

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import ase.io
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from ase.build import molecule
 
 import transfermium as tm
 from tests.alloys import alloys, gap_model, potential, same_bits, weights_of
@@ -97,6 +99,39 @@ class TestForms:
         run(f"curve a.extxyz --objective Potential --base-data b.extxyz --out X {options}")
         assert {name: given[name] for name in lists} == lists
         assert given["pretraining"] is given["tuning"] is None
+
+    def test_keys_and_units_of_a_comparison(self, monkeypatch):
+        """Those of energies are of both sides, unless the cheap side has its own."""
+        given = {}
+        monkeypatch.setattr("transfermium.study.bakeoff.bakeoff", lambda *asked, **o: given.update(o, targets=asked[1]))
+        words = "--label energy=E --unit energy=Hartree --base-label energy=E_cheap --arms scratch,e_derivative"
+        run(f"bakeoff a.extxyz --target b.extxyz --objective Potential --out X {words} --sizes 2,3")
+        assert given["label"] == {"energy": "E_cheap"} and given["unit"] == {"energy": "Hartree"}
+        assert given["targets"]["target"][3:] == ({"energy": "E"}, {"energy": "Hartree"})
+        assert given["arms"] == ["scratch", "e_derivative"] and given["sizes"] == [2, 3]
+        run("bakeoff a.extxyz --target b.extxyz --property gap --out X --label gap=g energy=E")
+        assert given["label"] == {"energy": "E"} and given["targets"]["gap"].label == {"gap": "g"}
+
+    @pytest.mark.parametrize("key", ["forces", "REF_forces"])
+    def test_noise_far_from_equilibrium_is_warned_of(self, capsys, key):
+        """Though nothing learns these forces."""
+        structures = alloys(4)
+        for atoms in structures:
+            atoms.arrays[key] = np.full((len(atoms), 3), 2.0)
+            atoms.calc = None
+        ase.io.write("far.extxyz", structures)
+        told = "the median force is 3.5 eV/Å"
+        run(f"pretrain far.extxyz --objective Denoise {TINY} --steps 1 --out RUN")
+        assert told in " ".join(capsys.readouterr().err.split())
+        parts = "{one: {class_path: Denoise}, two: {class_path: MaskElements}}"
+        run(f"pretrain far.extxyz --objective Together --objective.parts '{parts}' {TINY} --steps 1 --out RUN2")
+        assert told in " ".join(capsys.readouterr().err.split())
+
+    def test_molecules_have_no_stress(self):
+        run(f"pretrain a.extxyz --objective Potential --objective.conservative false {TINY} --steps 1 --out RUN")
+        ase.io.write("free.extxyz", molecule("H2O"))
+        run("predict RUN free.extxyz --out free_p.extxyz --allow-unseen")
+        assert set(ase.io.read("free_p.extxyz").calc.results) == {"energy", "forces"}
 
     def test_finetune_options(self):
         run(

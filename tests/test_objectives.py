@@ -7,6 +7,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.build import molecule as built
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
@@ -106,6 +107,24 @@ def test_a_gradient_step_along_a_perfect_answer_restores(crystal: Atoms) -> None
     energy = (x - torch.from_numpy(crystal.positions)).square().sum() / 2
     (slope,) = torch.autograd.grad(energy, x)
     np.testing.assert_allclose(-slope, targets["forces"], atol=1e-12)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_molecule_in_a_box_is_not_asked_to_turn(across) -> None:
+    """Also where it lies across a face; but the same in a dense box keeps its noise."""
+    water = built("H2O", vacuum=6.0)
+    water.pbc = True
+    if across:
+        water.positions -= water.positions[0]
+        water.wrap()
+    target = tm.Denoise(0.1).prepare(water, np.random.default_rng(0)).targets["forces"]
+    lengths = water.cell.array.diagonal()
+    whole = water.positions - lengths * np.round((water.positions - water.positions[0]) / lengths)
+    noisy = whole - target
+    assert np.abs(np.cross(noisy - noisy.mean(axis=0), target).sum(axis=0)).max() < 1e-12
+    water.cell *= 0.4
+    turned = tm.Denoise(0.1).prepare(water, np.random.default_rng(0)).targets["forces"]
+    assert np.abs(rigid_rotation(water.positions, turned)).max() > 1e-2
 
 
 def test_rigid_rotations_are_found_whole() -> None:
@@ -399,13 +418,23 @@ class TestDenoise:
         alloy.arrays["forces"] *= 0.01
         assert tm.Denoise().warnings([alloy]) == []
 
+    def test_the_largest_strain_turns_no_cell_inside_out(self, alloy):
+        noise = tm.Denoise(strain=0.1)
+        volumes = [noise.prepare(alloy, rng(seed)).atoms.cell.handedness for seed in range(3_000)]
+        assert set(volumes) == {alloy.cell.handedness}
+
+    def test_strain_of_molecules_is_refused(self, molecule):
+        with pytest.raises(tm.InputError, match="no structure is periodic in three directions: leave strain out"):
+            noise = tm.Denoise(strain=0.02)
+            noise.settled(samples_of(noise, [molecule]))
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
             ({"sigma": 0.0}, "sigma is 0.0 Å"),
             ({"sigma": [0.1, -1.0]}, "sigma is -1.0 Å"),
             ({"sigma": []}, "sigma names no noise"),
-            ({"strain": 0.5}, "strain is 0.5"),
+            ({"strain": 0.2}, "strain is 0.2, but must be between zero and 0.1"),
         ],
     )
     def test_senseless_noise_is_refused(self, arguments, words):

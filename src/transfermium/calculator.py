@@ -59,7 +59,8 @@ class Calculator(AseCalculator):
         meaning = self.model.card.get("quantities", {}).get("energy", ["energy", "eV"])
         if "energy" not in self.model.outputs or meaning[0] != "energy":
             raise InputError(
-                "this model predicts no energy: train it with the Potential objective to use it in ASE or torch-sim"
+                "this model predicts no energy: train it with the Potential objective, with an energy, to use it in "
+                "ASE or torch-sim"
             )
         if not 0 <= skin < 10:
             raise InputError(f"skin is {skin} Å, but must be zero or a little more: 1.0 is usual")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from .data.leakage import Leak, leaks, summary
 from .data.load import CALIBRATION, rng_of
 from .data.provenance import Comparison, Group, Origin, at_level, checked, compared
 from .data.read import Source, read
-from .data.sequences import Joined, Subset
+from .data.sequences import Joined, Subset, spoken
 from .data.split import Split, by_key, found_split_keys, split
 from .errors import InputError
 from .graph import Sample
@@ -179,8 +180,18 @@ class TrainingData:
             keys = ", ".join(found)
             console.print(f"[dim]The data has split keys that are not used: {keys} (use one with --split-key)[/dim]")
         some = np.unique(np.linspace(0, len(self.train) - 1, min(len(self.train), MOST_WARNED)).astype(int))
-        for text in objective.warnings([self.train[int(i)] for i in some]):
+        for text in objective.warnings([_with_forces(self.train[int(i)], self.unlabelled[int(i)]) for i in some]):
             console.print(f"[yellow]{text[0].upper()}{text[1:]}[/yellow]")
+
+
+def _with_forces(labelled: ase.Atoms, given: ase.Atoms) -> ase.Atoms:
+    """A structure with its forces, also where nothing learns them: they say how far from equilibrium it is."""
+    with suppress(InputError):  # of forces that are of no use to anyone else
+        found = resolve([given], ["forces"], optional=["forces"])
+        if "forces" in found and "forces" not in labelled.arrays:
+            labelled = labelled.copy()
+            labelled.arrays["forces"] = found.apply(given).arrays["forces"]
+    return labelled
 
 
 def belonging_to(part: str, structures: Sequence[ase.Atoms], marks: Sequence[str]) -> Subset:
@@ -265,6 +276,8 @@ def _labelled(
                 f"'{name}' is not a part of this objective, which has {', '.join(objective.parts)}; labels and "
                 f"units of a part are named {next(iter(objective.parts))}.LABEL=..."
             )
+    if lacking := [name for name in objective.parts if name not in structures]:
+        raise InputError(f"the part '{lacking[0]}' has no structures: give them as {lacking[0]}=FILE, or leave it out")
     parts, labelled, entries = [], [], []
     for name, source in structures.items():
         own = _at(level, _some(read(source)), name)
@@ -297,7 +310,7 @@ def subtractable(structures: Sequence[ase.Atoms], labels: Labels, objective: Obj
             if lacking.any() and not isinstance(objective, Parts):
                 first, *others = np.flatnonzero(lacking)
                 raise InputError(
-                    f"structure {first} has '{quantity}' but no '{minus}', which is to be subtracted"
+                    f"{spoken(structures, int(first))} has '{quantity}' but no '{minus}', which is to be subtracted"
                     f"{f' (and {len(others)} more)' if others else ''}: give both, or leave such structures out"
                 )
     return Labels(tuple(known.values()))

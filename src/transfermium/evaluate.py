@@ -24,7 +24,7 @@ from .data.columns import count_elements, elements, has
 from .data.labels import KEYS, Labelled, Labels, available, resolve
 from .data.load import VALIDATION, Batches, count_edges, plan, rng_of
 from .data.read import Source, read
-from .data.sequences import Subset
+from .data.sequences import Subset, spoken
 from .data.split import by_key
 from .dataset import subtractable
 from .errors import InputError
@@ -32,6 +32,7 @@ from .graph import to_batch, to_graph
 from .heads import EnergyHead
 from .model import Model, check_file, load, rebuilt, stored_as, write_whole
 from .objectives import Objective, Together
+from .objectives.base import has_volume
 from .objectives.base import label as as_label
 from .objectives.mask import Removal
 from .run import fingerprint
@@ -435,8 +436,9 @@ def _cheap(
     for entry in entries:
         if entry.count < len(given):
             lacking = ~has(given, {(place, key) for place, key, _ in entry.keys})
+            first = spoken(given, int(np.flatnonzero(lacking)[0]))
             raise InputError(
-                f"structure {np.flatnonzero(lacking)[0]} has no '{entry.quantity}', to which this model adds what it "
+                f"{first} has no '{entry.quantity}', to which this model adds what it "
                 f"predicts ({len(given) - entry.count} of {len(given)} structures lack it): give it, or leave them out"
             )
     trained = {entry.quantity.rpartition(".")[2]: entry for entry in Labels.from_json(model.card["labels"]).entries}
@@ -566,7 +568,7 @@ def _with_outputs(atoms: ase.Atoms, outputs: Mapping[str, np.ndarray], model: Mo
         classes = _classes(model, name)
         store = result.arrays if model.per_atom(name) else result.info
         if meaning in ("energy", "forces", "stress"):
-            if np.isfinite(value).all():
+            if np.isfinite(value).all() and (meaning != "stress" or has_volume(atoms)):
                 standard[meaning] = float(value) if meaning == "energy" else value
         elif classes:
             numbers = value.argmax(axis=-1)

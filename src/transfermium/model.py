@@ -644,9 +644,10 @@ def _rebuilt_output(spec: Mapping[str, Any]) -> Output:
 
 
 def subclasses(base: type) -> list[type]:
-    """All classes below one, the outer before the inner."""
+    """All classes below one of which there can be objects, the outer before the inner."""
     direct: list[type] = base.__subclasses__()
-    return [cls for child in direct for cls in (child, *subclasses(child))]
+    found = [cls for child in direct for cls in (child, *subclasses(child))]
+    return [cls for cls in found if not inspect.isabstract(cls)]
 
 
 def _umask() -> int:

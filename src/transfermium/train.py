@@ -26,7 +26,7 @@ from .backbones import Backbone
 from .console import console
 from .data.labels import geometries
 from .data.load import VALIDATION, Batches, Dealt, Place, Share, ahead, count_edges, dealing, plan, training_batches
-from .data.sequences import Subset, original
+from .data.sequences import Subset, original, spoken
 from .errors import InputError
 from .flop import counted, parse_flop
 from .graph import Batch
@@ -771,7 +771,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _no_room(structures: Sequence[ase.Atoms], index: int, n_edges: int | None = None) -> InputError:
     size = f"{len(structures[index])} atoms" if n_edges is None else f"{n_edges} edges"
-    return InputError(f"memory has no room for structure {original(structures, index)} of {size}: leave it out")
+    return InputError(f"memory has no room for {spoken(structures, index)} of {size}: leave it out")
 
 
 @cache

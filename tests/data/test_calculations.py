@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -264,11 +265,35 @@ def test_an_incar_beside_an_outcar_says_the_level(tmp_path: Path) -> None:
     assert read(tmp_path)[0].info["level"] == "r2SCAN"
 
 
+@pytest.mark.parametrize(
+    ("us", "incar", "level"),
+    [
+        ("0.0  5.3  0.0", "", "PBE+U"),
+        ("5.3  0.0", "", "PBE+U"),
+        ("0.0  0.0", "", "PBE"),
+        ("0.0", "LDAU = T\nLDAUU = 2*0.0\n", "PBE"),
+        ("0.0", "LDAU = T\nLDAUU = 2*0.0 4.0\n", "PBE+U"),
+    ],
+)
+def test_a_hubbard_u_of_any_species_counts(tmp_path: Path, us: str, incar: str, level: str) -> None:
+    said = f" LDA+U is selected, type is set to LDAUTYPE =  2\n   U (eV)           for each species LDAUU =   {us}"
+    outcar(tmp_path / "OUTCAR", parameters=said)
+    if incar:
+        (tmp_path / "INCAR").write_text(incar)
+    assert read(tmp_path)[0].info["level"] == level
+
+
 def test_an_outcar_that_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = outcar(tmp_path / "OUTCAR", [True, True], done=False)
     path.write_text(path.read_text()[:-300])
     assert len(read(tmp_path)) == 1
     assert "left out 1 ends of files that are cut short" in caplog.text
+
+
+def test_an_output_and_its_compressed_copy_are_one(tmp_path: Path) -> None:
+    path = vasprun(tmp_path / "vasprun.xml")
+    (tmp_path / "vasprun.xml.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert len(read(tmp_path)) == 1
 
 
 def test_of_vasprun_and_outcar_only_one_is_read(tmp_path: Path) -> None:
@@ -631,6 +656,33 @@ def test_the_trajectory_beside_an_output_of_cp2k_has_the_later_steps(
     np.testing.assert_allclose(third.positions, silicon().positions + 0.02, atol=1e-6)
     np.testing.assert_allclose(third.cell.array, silicon().cell.array * 1.02, atol=1e-6)
     assert caplog.messages == [f"{tmp_path}: left out 1 {LEFT_OUT} (first: md/si.out)"]
+
+
+def test_steps_of_cp2k_with_nearly_one_energy_have_each_their_own_forces(tmp_path: Path) -> None:
+    """As at the end of a relaxation."""
+    energies = [-7.9, -7.90000004, -7.90000008]
+    path = cp2k(tmp_path / "si.out", energies)
+    first, *others = path.read_text().split(" ENERGY|")
+    for step, text in enumerate(others):
+        others[step] = re.sub(
+            r"(STRESS\| +x +)[-+.\dE]+", lambda found, step=step: f"{found[1]}{step + 1.0:.8E}", text, count=1
+        )
+        others[step] = re.sub(
+            r"(\n +1 +1 +Si +)\S+", lambda found, step=step: f"{found[1]}{0.01 * (step + 1):.8f}", others[step], count=1
+        )
+    path.write_text(" ENERGY|".join([first, *others]))
+    cp2k_trajectory(tmp_path, energies)
+    (tmp_path / "si-frc-1.xyz").unlink()
+    steps = read(tmp_path)
+    forces = [atoms.get_forces()[0, 0] / (0.01 * Hartree / Bohr) for atoms in steps]
+    np.testing.assert_allclose(forces, [1, 2, 3], rtol=1e-4)
+    np.testing.assert_allclose([-atoms.get_stress()[0] / GPa for atoms in steps], [1, 2, 3], rtol=1e-4)
+
+
+def test_of_steps_of_cp2k_with_the_same_energy_only_those_that_failed_are_left_out(tmp_path: Path) -> None:
+    cp2k(tmp_path / "si.out", [-7.9] * 3, failed=[0])
+    cp2k_trajectory(tmp_path, [-7.9] * 3)
+    assert [atoms.info["ionic_step"] for atoms in read(tmp_path)] == [1, 2]
 
 
 def test_without_a_trajectory_the_first_step_of_cp2k_is_read_and_the_others_told(

@@ -492,6 +492,13 @@ def omat(sid: str, **results: Any) -> dict[str, Any]:
     return row(oxide(), {"sid": sid}, energy=-15.0, forces=FORCES, stress=VOIGT.tolist(), **results)
 
 
+@pytest.mark.parametrize("folder", ["automation", "diplomat-thesis", "homcage"])
+def test_a_name_that_only_holds_that_of_a_set_says_nothing(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    (atoms,) = read(write_aselmdb(tmp_path / folder / "data.aselmdb", {1: omat("x1")}))
+    assert "level" not in atoms.info
+
+
 def test_omat24_is_in_our_units_already(tmp_path: Path) -> None:
     rows = {number: omat(f"agm{number:09d}_rattled") for number in range(1, 13)}
     path = write_aselmdb(tmp_path / "data.0000.aselmdb", {k: v for k, v in rows.items() if k != 5}, deleted_ids=[5])

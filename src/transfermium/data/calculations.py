@@ -77,6 +77,8 @@ def find(folder: Path, deep: bool = True) -> list[Calculation]:
         outputs = [(path, kind) for path in paths if (kind := kind_of(path))]
         if any(kind == "vasp-xml" for _, kind in outputs):
             outputs = [(path, kind) for path, kind in outputs if kind != "vasp-out"]
+        named = {plain_name(path): (path, kind) for path, kind in reversed(outputs)}  # also compressed, or not
+        outputs = list(reversed(named.values()))
         texts = {path.stem for path, kind in outputs if kind == "gpaw-out"}
         outputs = [(path, kind) for path, kind in outputs if kind != "gpw" or path.stem not in texts]
 
@@ -139,12 +141,14 @@ def _clean(atoms: Atoms) -> Atoms:
     return clean
 
 
-def _images(path: Path, kind: str) -> list[Atoms]:
-    """The steps that ASE finds and that have an energy."""
+def _images(path: Path, kind: str) -> list[Atoms | None]:
+    """The steps that ASE finds up to the last that has an energy, None where one has none."""
     from ase.io import read
 
     images = read(path, index=":", format=kind)
-    return [atoms for atoms in images if atoms.calc is not None and atoms.calc.results.get("energy") is not None]
+    known = [atoms.calc is not None and atoms.calc.results.get("energy") is not None for atoms in images]
+    last = max((i for i, has in enumerate(known) if has), default=-1)
+    return [atoms if has else None for atoms, has in zip(images[: last + 1], known, strict=False)]
 
 
 # ------------------------------------------------------------------------------------------------------------ VASP
@@ -200,6 +204,8 @@ def read_outcar(path: Path) -> Run:
         for line in lines:
             if header:
                 potentials += re.findall(r"(?:TITEL\s*=|POTCAR:)\s*(\S.*)", line)
+                if found := re.search(r"\bLDAUU\s*=\s*([\d.* ]+)", line):  # one for each species
+                    tags.setdefault("LDAUU", found[1])
                 for name, value in re.findall(r"\b([A-Z]+)\s*=\s*([^\s;]+)", line):
                     tags.setdefault(name, value)
                 if "LDA+U is selected" in line:
@@ -256,7 +262,7 @@ def vasp_level(tags: Mapping[str, str], potentials: Sequence[str] = ()) -> str |
         base = "vdW-DF" if base == "revPBE" else f"{base}+rVV10"
     if on("LHFCALC"):
         base = _hybrid(base, float(words.get("AEXX") or 0.25), float(words.get("HFSCREEN") or 0))
-    if on("LDAU") and any(float(u) for u in re.findall(r"[\d.]+", words.get("LDAUU", "1"))):
+    if on("LDAU") and any(float(u) for u in re.findall(r"[\d.]+", re.sub(r"\d+\*", "", words.get("LDAUU", "1")))):
         base += "+U"
     dispersion = (words.get("IVDW") or "0").split()[0]
     if dispersion != "0":
@@ -294,7 +300,8 @@ def read_espresso(path: Path) -> Run:
         level = QE_NAMES.get(name.upper(), name)
         level += "+U" if re.search(r"LDA\+U calculation|Hubbard (parameters|projectors)", text) else ""
         level += next((f"-{short}" for sign, short in QE_DISPERSION if sign in text), "")
-    steps: list[Atoms | None] = [*_images(path, "espresso-out"), *repeat(None, failed)]
+    steps = _images(path, "espresso-out")
+    steps += repeat(None, failed - steps.count(None))
     return Run(steps, level, cut="JOB DONE" not in text and not failed)
 
 
@@ -310,7 +317,8 @@ def read_gpaw(path: Path) -> Run:
     found = found or re.search(r"^\s*xc: *(?:\{[^}]*?name: *)?([^\s,}]+)", text, re.MULTILINE)
     level = found[1] if found else "LDA"  # which GPAW takes when nothing is asked for
     level += "-TS" if "vdw correction:" in text.lower() else ""
-    steps: list[Atoms | None] = [*_images(path, "gpaw-out"), *repeat(None, failed)]
+    steps = _images(path, "gpaw-out")
+    steps += repeat(None, failed - steps.count(None))
     return Run(steps, level)
 
 

@@ -52,15 +52,22 @@ def read_cp2k(path: Path) -> tuple[list[Atoms | None], str | None, bool]:
     forces = dict(_frames(path.with_name(f"{project}-frc-1.xyz")))
     cells = dict(_cells(path.with_name(f"{project}-1.cell")))
     steps: list[Atoms | None] = []
+    begin = 0  # of evaluations that no frame has used
     for (step, energy), positions in _frames(trajectory):
         moved = atoms.copy()
         moved.cell[:] = cells.get(step, atoms.cell.array)
         moved.positions = positions
-        here = next((e for e in evaluations if e.energy is not None and abs(e.energy - energy) < SAME), None)
-        here = here or Evaluation(energy, True)
+        alike = (n for n in range(begin, len(evaluations)) if _same(evaluations[n].energy, energy))
+        number = next(alike, None)
+        here = Evaluation(energy, True) if number is None else evaluations[number]
+        begin = begin if number is None else number + 1
         steps.append(_labelled(moved, here._replace(forces=forces.get((step, energy), here.forces))))
     steps += repeat(None, sum(evaluation.energy is None for evaluation in evaluations))
     return steps, level, not ended
+
+
+def _same(energy: float | None, other: float) -> bool:
+    return energy is not None and abs(energy - other) < SAME
 
 
 def _labelled(atoms: Atoms, evaluation: Evaluation) -> Atoms | None:

@@ -334,8 +334,11 @@ def _atoms(structure: Mapping[str, Any], where: str) -> Atoms:
         atoms.info["charge"] = structure["charge"]
     for key in sites[0].get("properties") or {}:
         values = [(site.get("properties") or {}).get(key) for site in sites]
-        if key not in atoms.arrays and not any(isinstance(value, str) for value in values):
-            atoms.new_array(key, np.array(values, dtype=float))  # NaN where a site has none
+        shapes = {np.shape(value) for value in values if value is not None}
+        if key not in atoms.arrays and len(shapes) == 1 and not any(isinstance(value, str) for value in values):
+            (shape,) = shapes
+            rows = [np.full(shape, np.nan) if value is None else value for value in values]
+            atoms.new_array(key, np.array(rows, dtype=float))
     return atoms
 
 

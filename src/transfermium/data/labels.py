@@ -4,9 +4,9 @@ import difflib
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from ..errors import InputError
 from .columns import Block, BlockOfAtoms, Plain, blocks, is_missing
-from .sequences import Joined, Lazy, Subset
+from .sequences import Joined, Lazy, Subset, spoken
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -226,7 +226,7 @@ class Labelled(Lazy):
         return len(self.structures)
 
     def at(self, index: int) -> Atoms:
-        labelled = self.labels.apply(self.structures[index], f"structure {index}")
+        labelled = self.labels.apply(self.structures[index], spoken(self.structures, index))
         if self.part is not None:
             labelled.info["part"] = self.part
         return labelled
@@ -271,10 +271,8 @@ def resolve(
     if RESERVED & set(quantities):
         raise InputError("'numbers' and 'positions' are the structure itself and cannot be labels")
 
-    tallies = {
-        name: _Tally(name, (labels[name],) if name in labels else KEYS.get(name, (name,)), units.get(name))
-        for name in quantities
-    }
+    keys = {name: (labels[name],) if name in labels else KEYS.get(name, (name,)) for name in quantities}
+    tallies = {name: _Tally(name, keys[name], units.get(name), partial(spoken, structures)) for name in quantities}
     total = 0
     there = _Available()  # complete where something is found nowhere, which is where it is needed
     for block in blocks(structures):
@@ -338,6 +336,7 @@ class _Tally:
     quantity: str
     candidates: tuple[str, ...]
     given_unit: str | None
+    spoken: Callable[[int], str]  # what a structure is called
     count: int = 0
     used: Counter[tuple[Place, str]] = field(default_factory=Counter)
     others: Counter[tuple[Place, str]] = field(default_factory=Counter)
@@ -360,7 +359,7 @@ class _Tally:
         if not found:
             return False
         place, key, raw = found[0]
-        where = f"structure {index}"
+        where = self.spoken(index)
         self.count += 1
         self.used[place, key] += 1
         self.others.update((place, key) for place, key, _ in found[1:])
@@ -415,7 +414,7 @@ class _Tally:
             owners, values = owners[~np.isnan(values)], values[~np.isnan(values)]
         if not len(owners):
             return False
-        where = f"structure {start + int(owners[0])}"
+        where = self.spoken(start + int(owners[0]))
         self.count += len(owners)
         self.used[at] += len(owners)
         if self.quantity == "energy" and self.given_unit is not None and _plain(self.given_unit).endswith("/atom"):
@@ -429,7 +428,7 @@ class _Tally:
                 self.words[word(float(value))] += int(n)
             if not whole.all() and not self.first_fraction:
                 i = int(np.argmin(whole))
-                self.first_fraction = f"structure {start + int(owners[i])} has {values[i]:g}"
+                self.first_fraction = f"{self.spoken(start + int(owners[i]))} has {values[i]:g}"
         self.numbers += values.size
         self.squares += float((values**2).sum())
         self.minimum = min(self.minimum, float(values.min()))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..errors import InputError
 from ..graph import Batch, Cutoff, Neighbors, Sample, Shells, to_batch
 from ..objectives import Objective
-from .sequences import original
+from .sequences import spoken
 
 TRAINING, VALIDATION, CALIBRATION = 0, 1, 2  # kinds of random numbers
 MEMORY = 256_000_000  # bytes of neighbours that are kept of a set for the next epochs: 50 million edges
@@ -47,7 +47,7 @@ def count_edges(
         try:
             neighbors = edges.neighbors(atoms)
         except InputError as error:
-            raise InputError(f"structure {original(structures, index)}: {error}") from None
+            raise InputError(f"{spoken(structures, index)}: {error}") from None
         counts[index] = len(neighbors.senders)
         keep(index, atoms, neighbors)
         seen(index + 1)

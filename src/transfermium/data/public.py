@@ -337,7 +337,13 @@ def stream_parquet(path: Path) -> Iterator[Atoms]:
 
 def _optimade(source: Source, row: Record) -> Atoms:
     name = row.get("immutable_id") or row.get("id") or ""
+    for key in ("species_at_sites", "cartesian_site_positions", "lattice_vectors"):
+        if row[key] is None:
+            raise InputError(f"{source.path}: {name or 'a row without id'} has no {key}: leave it out")
     numbers = [atomic_numbers.get(symbol, 0) for symbol in row["species_at_sites"]]
+    if len(numbers) != len(row["cartesian_site_positions"]):
+        counts = f"{len(numbers)} species and {len(row['cartesian_site_positions'])} positions"
+        raise InputError(f"{source.path}: {name or 'a row without id'} has {counts}: it is broken, leave it out")
     atoms = Atoms(numbers, row["cartesian_site_positions"], cell=row["lattice_vectors"])
     atoms.pbc = [bool(flag) for flag in row.get("dimension_types") or (1, 1, 1)]
     atoms = source.labelled(
@@ -357,8 +363,8 @@ def _optimade(source: Source, row: Record) -> Atoms:
 
 LMDB_MAGIC = (16, bytes.fromhex("dec0efbe"))  # offset and bytes: behind the header of the first page
 SETS = (  # of names of files and folders
-    (re.compile(r"omat|salex|^rattled-|^aimd-from-pbe", re.IGNORECASE), "GGA"),
-    (re.compile(r"omc", re.IGNORECASE), "PBE-D3"),
+    (re.compile(r"(?<![a-z])(omat|salex)|^rattled-|^aimd-from-pbe", re.IGNORECASE), "GGA"),
+    (re.compile(r"(?<![a-z])omc", re.IGNORECASE), "PBE-D3"),
 )
 
 

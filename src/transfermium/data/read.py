@@ -15,7 +15,7 @@ from ..errors import InputError
 from . import calculations
 from .formats import check, plain_name, read_file, stream_file
 from .runner import is_runner
-from .sequences import Joined
+from .sequences import MEMORY, Joined
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +89,12 @@ def _source_parts(source: object, csv: Path | None) -> Iterator[Part]:
     elif isinstance(source, list | tuple) and source and all(isinstance(item, Atoms) for item in source):
         for index, atoms in enumerate(source):
             check(atoms, f"structure {index}")
-        yield Part("memory", source)
+        yield Part(MEMORY, source)
     elif isinstance(source, list | tuple):
         for item in source:
             yield from _source_parts(item, csv)
     elif isinstance(source, Sequence):  # lazy: whoever made it has checked it
-        yield Part("memory", source)
+        yield Part(MEMORY, source)
     else:
         raise InputError(f"cannot read from {type(source).__name__}: give paths, or structures in a list")
 

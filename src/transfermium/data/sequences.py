@@ -10,6 +10,8 @@ from typing import SupportsIndex, overload
 import numpy as np
 from ase import Atoms
 
+MEMORY = "memory"  # name of structures that come from no file
+
 
 class Lazy(Sequence[Atoms]):
     """A sequence that builds a structure on access; slices stay lazy, numpy integers are welcome."""
@@ -79,3 +81,20 @@ def original(structures: Sequence[Atoms], index: int) -> int:
             index = int(structures.indices[index])
         structures = below
     return index
+
+
+def spoken(structures: Iterable[Atoms], index: int) -> str:
+    """What error messages call a structure: by its index, of several files by that within its own."""
+    name = ""
+    while not isinstance(structures, list):
+        if isinstance(structures, Joined):
+            part = bisect_right(structures.ends, index)
+            name = structures.names[part] if structures.names else name
+            index -= structures.ends[part] - len(structures.parts[part])
+            structures = structures.parts[part]
+        elif (below := getattr(structures, "structures", None)) is not None:
+            index = int(structures.indices[index]) if isinstance(structures, Subset) else index
+            structures = below
+        else:
+            break
+    return f"{name}: structure {index}" if name not in ("", MEMORY) else f"structure {index}"

@@ -18,7 +18,7 @@ from ..model import writing
 from .columns import blocks, counts_of, elements, info_names, isolated_atoms, listed
 from .columns import codes as column_codes
 from .labels import word
-from .sequences import Subset, original
+from .sequences import Subset, spoken
 
 IDS = (  # of a material or a trajectory, the coarser first
     "material_id", "material", "mp_id", "mpid", "mbid", "jid", "icsd_id", "oqmd_id", "alexandria_id", "mptrj_traj_id",
@@ -288,8 +288,8 @@ def formulas(structures: Sequence[Atoms], prototype: bool = False) -> np.ndarray
     for block in blocks(structures):
         counts = counts_of(block)
         if not block.n_atoms.all():
-            where = original(structures, start + int(np.argmin(block.n_atoms)))
-            raise InputError(f"structure {where} has no atoms; remove it")
+            where = spoken(structures, start + int(np.argmin(block.n_atoms)))
+            raise InputError(f"{where} has no atoms; remove it")
         counts //= np.gcd.reduce(counts, axis=1)[:, None]
         if prototype:
             groups = [hash(str(group)) & (2**63 - 1) for group in block.info("spacegroup")]

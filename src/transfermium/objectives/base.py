@@ -106,6 +106,11 @@ def told(backbone: Backbone, objective: Objective) -> Backbone:
     return new
 
 
+def has_volume(atoms: ase.Atoms) -> bool:
+    """Whether a structure is periodic in three directions: others have no stress, which is per volume."""
+    return bool(atoms.pbc.all() and atoms.cell.rank == 3)
+
+
 def label(atoms: ase.Atoms, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The label called `name` as an array of this shape, NaN when the structure has none.
 

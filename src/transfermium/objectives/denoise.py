@@ -13,8 +13,10 @@ from ..errors import InputError
 from ..graph import Batch, Sample
 from ..heads import EnergyHead, TensorHead, VectorHead
 from ..model import Gradient, Output, Strain
-from .base import Loss, Objective, Quantity, absolute_errors, label
+from .base import Loss, Objective, Quantity, absolute_errors, has_volume, label
 
+MOST_STRAIN = 0.1  # of more, draws turn cells inside out
+VACUUM = 6.0  # Å, across which nothing is bonded
 FAR = 0.5  # eV/Å: with larger forces the way back to where noise began is not the way to a minimum
 
 
@@ -22,10 +24,11 @@ class Denoise(Objective):
     """Gaussian noise on the positions; the output called "forces" learns the displacement back, -noise, in Å.
 
     Noise is drawn afresh at every access. Its mean over the atoms is taken out, and in structures without periodic
-    directions its rotation too: a derivative of an energy has neither net force nor net torque, so it could never
-    fit them. With `strain`, structures that are periodic in three directions are strained as well, and the output
-    called "stress" learns by how much: the energy Σ noise²/2 + V Σ strain²/2 is lowest at the structure as it was; its
-    force is -noise, and its stress strain + Σ noise⊗noise / V, as displacements are stretched with the cell.
+    directions, or with a vacuum in all of these (6 Å), its rotation too: a derivative of an energy has neither net
+    force nor net torque, so it could never fit them. With `strain`, structures that are periodic in three directions
+    are strained as well, and the output called "stress" learns by how much: the energy Σ noise²/2 + V Σ strain²/2 is
+    lowest at the structure as it was; its force is -noise, and its stress strain + Σ noise⊗noise / V, as displacements
+    are stretched with the cell.
 
     A structure is a minimum of that energy only if it was relaxed. Others can be used when the model is told their
     forces (`told_forces`: DeNS, arXiv:2403.09549), which make the way back unique; those without forces teach nothing
@@ -54,8 +57,8 @@ class Denoise(Objective):
                 raise InputError(f"sigma is {one} Å, but noise must be above 0 and below 5 Å; 0.05 to 0.3 is usual")
         if sigma == []:
             raise InputError("sigma names no noise: give one number in Å, or several")
-        if not 0 <= strain < 0.3:
-            raise InputError(f"strain is {strain}, but must be zero or more and below 0.3; 0.02 is usual")
+        if not 0 <= strain <= MOST_STRAIN:
+            raise InputError(f"strain is {strain}, but must be between zero and {MOST_STRAIN}; 0.02 is usual")
         self.sigma = sigma
         self.strain = strain
         self.conservative = conservative
@@ -97,6 +100,14 @@ class Denoise(Objective):
             "where none is; choose relaxed structures, or tell the model the forces (told_forces=True)"
         ]
 
+    def settled(self, samples: Sequence[Sample]) -> Denoise:
+        if self.strain and samples and not any(np.isfinite(sample.targets["stress"]).any() for sample in samples):
+            raise InputError(
+                "strain is to be learned, but no structure is periodic in three directions: leave strain out, or give "
+                "cell and pbc"
+            )
+        return self
+
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         sigma = self.sigmas[rng.integers(len(self.sigmas))] if len(self.sigmas) > 1 else self.sigmas[0]
         noise = sigma * rng.normal(size=atoms.positions.shape)
@@ -106,12 +117,13 @@ class Denoise(Objective):
         if self.strain:
             drawn = self.strain * rng.normal(size=(3, 3))
             strain = np.triu(drawn) + np.triu(drawn, 1).T
-            if atoms.pbc.all() and atoms.cell.rank == 3:
+            if has_volume(atoms):
                 noisy.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
             else:
                 strain = np.full((3, 3), np.nan)
-        if not atoms.pbc.any() and len(atoms) > 1:
-            noise -= rigid_rotation(atoms.positions, noise)  # then it has no torque in the noisy structure either
+        alone = whole_in_vacuum(noisy) if len(atoms) > 1 else None
+        if alone is not None:
+            noise -= rigid_rotation(alone, noise)  # then it has no torque in the noisy structure either
         noisy.positions += noise
         if self.strain:
             volume = noisy.get_volume() if noisy.cell.rank == 3 else np.nan
@@ -136,6 +148,23 @@ class Denoise(Objective):
         if self.strain:
             terms["stress"] = absolute_errors(outputs["stress"], batch.targets["stress"], 1 / self.strain)
         return terms
+
+
+def whole_in_vacuum(atoms: ase.Atoms) -> np.ndarray | None:
+    """Positions (Å) of atoms that nothing connects with their images: of a molecule, also one in a periodic box, where
+    it may lie across a face; None of all others."""
+    if not atoms.pbc.any():
+        return np.asarray(atoms.positions)
+    cell = atoms.cell.complete()
+    inside = cell.scaled_positions(atoms.positions)
+    for axis in np.flatnonzero(atoms.pbc):
+        ordered = np.sort(inside[:, axis] % 1.0)
+        gaps = np.diff(ordered, append=ordered[0] + 1.0)
+        widest = int(gaps.argmax())
+        if gaps[widest] / np.linalg.norm(cell.reciprocal()[axis]) < VACUUM:
+            return None
+        inside[:, axis] = (inside[:, axis] - ordered[(widest + 1) % len(ordered)]) % 1.0
+    return np.asarray(cell.cartesian_positions(inside))
 
 
 def rigid_rotation(positions: np.ndarray, field: np.ndarray) -> np.ndarray:

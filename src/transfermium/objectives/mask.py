@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -26,7 +27,7 @@ SMALL = 1e-3  # of the output called forces: a shorter one has no direction that
 MOST_CLUES = 4_000  # atoms that the floor of the loss is computed from
 
 
-class Removal(Objective):
+class Removal(Objective, ABC):
     """Objectives that remove atoms and ask others for them.
 
     A subclass says by `_hindrance` why nothing of a structure can be removed, in words that are keys of its `_advice`,
@@ -59,19 +60,19 @@ class Removal(Objective):
         left_out = [f"{n} of {len(structures)} structures have nothing to mask and teach nothing ({why})"] if n else []
         return left_out if n == len(structures) else [*left_out, self._told(structures)]
 
+    @abstractmethod
     def floor(self, structures: Sequence[ase.Atoms]) -> float:
         """Loss of the best guess that takes no look at surroundings; NaN where nothing can be masked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _told(self, structures: Sequence[ase.Atoms]) -> str:
         """What that guess knows, in words."""
-        raise NotImplementedError
 
-    def _hindrance(self, atoms: ase.Atoms) -> str | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _hindrance(self, atoms: ase.Atoms) -> str | None: ...
 
-    def _advice(self) -> dict[str, str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _advice(self) -> dict[str, str]: ...
 
 
 class MaskAtoms(Removal):

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..graph import Batch, Sample
 from ..heads import EnergyHead, TensorHead, VectorHead, rms, spread_of_energies, values
 from ..model import Gradient, Output, Strain
-from .base import Loss, Objective, Quantity, absolute_errors, label
+from .base import Loss, Objective, Quantity, absolute_errors, has_volume, label
 
 
 class Potential(Objective):
@@ -72,6 +72,11 @@ class Potential(Objective):
 
     def settled(self, samples: Sequence[Sample]) -> Potential:
         sizes = {name: size for name in self.weights if (size := _typical_size(name, samples))}
+        if self.stress and "stress" not in sizes and not any(map(has_volume, (s.atoms for s in samples))):
+            raise InputError(
+                "stress is asked for, but no structure is periodic in three directions, and without a volume there is "
+                "none: leave it out (stress=0), or give cell and pbc"
+            )
         if not sizes:
             raise InputError("no structure has an energy, forces or a stress: name their keys with --label energy=KEY")
         given = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
@@ -84,7 +89,7 @@ class Potential(Objective):
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         shapes = {"energy": (1,), "forces": (len(atoms), 3), "stress": (1, 3, 3)}
         targets = {name: label(atoms, name, shapes[name]) for name in self.weights}
-        if "stress" in targets and not (atoms.pbc.all() and atoms.cell.rank == 3):
+        if "stress" in targets and not has_volume(atoms):
             targets["stress"] = np.full((1, 3, 3), np.nan)  # it is per volume, and there is none
         return Sample(atoms, targets)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -23,7 +24,7 @@ T = TypeVar("T")
 PART = "part"  # entry of `atoms.info` that says which objective a structure is for
 
 
-class Parts(Objective):
+class Parts(Objective, ABC):
     """Named objectives in one run, each learned from the structures that are for it.
 
     Args:
@@ -50,9 +51,9 @@ class Parts(Objective):
         self.weights = weights
 
     @cached_property
+    @abstractmethod
     def names(self) -> dict[str, dict[str, str]]:
         """Of each part: its own names of outputs to those in the model."""
-        raise NotImplementedError
 
     def constants(self, part: str) -> dict[str, float]:
         """Scalar inputs that are the same in all structures of this part, by name; none by default."""
