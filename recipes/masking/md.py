@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -85,8 +84,9 @@ def simulated(args: Any, model: Path, reference: Any, said: dict[str, Any], *, c
 
 
 def brief(run: dict[str, Any]) -> dict[str, Any]:
-    """Without curves."""
+    """Without curves, and without folders of this machine."""
     own = {name: value for name, value in run.items() if name not in ("log", "rdf", "msd")}
+    own["stopped"] = run["stopped"] and run["stopped"].partition(";")[0]
     if "reference" in own:
         own["reference"] = {name: value for name, value in own["reference"].items() if name != "rdf"}
     return own
@@ -94,7 +94,7 @@ def brief(run: dict[str, Any]) -> dict[str, Any]:
 
 @styled()
 def drawn(runs: Path, backbones: list[str]) -> Figure:
-    """Distances between oxygens beside the reference, and what happens to the energy of each model."""
+    """Distances between oxygens beside the reference, and how hot each model becomes."""
 
     def result(backbone: str, name: str) -> dict[str, Any] | None:
         file = runs / "masking/md" / backbone / name / "simulation.json"
@@ -110,9 +110,8 @@ def drawn(runs: Path, backbones: list[str]) -> Figure:
         left.legend(frameon=False)
     for backbone, colour in zip(backbones, COLOURS, strict=False):
         if one := result(backbone, "nve"):
-            energy = 1000 * (np.array(one["log"]["total_eV"]) - one["log"]["total_eV"][0]) / one["n_atoms"]
-            right.plot(one["log"]["time_ps"], energy, color=colour, label=backbone)
-    right.set(xlabel="time at constant energy (ps)", ylabel="total energy (meV/atom)", yscale="symlog", xlim=(0, None))
+            right.plot(one["log"]["time_ps"], one["log"]["temperature_K"], color=colour, label=backbone)
+    right.set(xlabel="time at constant energy (ps)", ylabel="temperature (K)", xlim=(0, None), ylim=(0, None))
     right.legend(frameon=False)
     return figure
 

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from transfermium.report import forest
 from transfermium.study.intervals import Interval, paired
 
 HERE = Path(__file__).parent
 ARMS = ("scratch", "scratch_long", "denoise", "mask", "mask_denoise")
-MARKS = dict(zip(ARMS[1:], "sovD", strict=True))
 
 
 def values(rows: list[dict], arm: str, name: str) -> dict[int, float]:
@@ -60,7 +59,8 @@ def main() -> None:
     arms = " | ".join(f"`{arm}`" for arm in ARMS)
     print(f"| set | backbone | steps | labels | {arms} | steps to scratch's best |")
     print("|---" * (len(ARMS) + 5) + "|")
-    panels: dict[tuple[str, str], list[tuple[int, str, Interval]]] = {}
+    panels: dict[str, list[tuple[tuple[int, int], tuple[str, float, float, float]]]] = {}
+    sets = {name for name, *_ in cases}
     for name, backbone, tuning, source, n in cases:
         case = (name, backbone, tuning, n)
         own = [r for r in rows if (r["set"], r["backbone"], r["tuning_steps"], r["n_train"]) == case]
@@ -68,10 +68,13 @@ def main() -> None:
         said = "" if source == "own" else f" ({source})"
         cells = [f"{name}{said}", backbone, f"{tuning:,}", str(n), *(errors(own, arm) for arm in ARMS), steps(own)]
         print("| " + " | ".join(cells) + " |")
+        longer = "" if tuning == 800 else f", {tuning:,} steps"
         for arm in ARMS[1:]:
             ratio = against_scratch(own, arm, "forces_mae")
             if ratio is not None:
-                panels.setdefault((name + said, f"{backbone}, {tuning:,} steps"), []).append((n, arm, ratio))
+                title = f"{backbone}{longer}" if len(sets) == 1 else f"{name}{said}, {backbone}{longer}"
+                row = (f"{n} labels, {arm}", *ratio)
+                panels.setdefault(title, []).append(((n, ARMS.index(arm)), row))
     masked = [r for r in rows if r["arm"] == "mask"]
     for name, backbone in sorted({(r["set"], r["backbone"]) for r in masked}):
         own = [r for r in masked if (r["set"], r["backbone"]) == (name, backbone)]
@@ -89,31 +92,8 @@ def main() -> None:
             floor = next(r["floor"] for r in mine)
             print(f"| {name} | {backbone} | {n} | {arm} | {errors(own, arm)} | {np.mean(losses):.3f} | {floor:.3f} |")
     if panels:
-        drawn(panels).savefig(HERE.parents[1] / "docs/images/masking.svg", bbox_inches="tight", metadata={"Date": None})
-
-
-def drawn(panels: dict[tuple[str, str], list[tuple[int, str, Interval]]]) -> Figure:
-    """Force errors relative to scratch against the number of labels."""
-    figure = Figure(figsize=(3.2 * len(panels), 3.0))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, ((name, backbone), points) in zip(axes, panels.items(), strict=True):
-        for k, arm in enumerate(ARMS[1:]):
-            own = [(n, ratio) for n, of, ratio in points if of == arm]
-            if own:
-                n = np.array([n for n, _ in own]) * 1.08 ** (k - 1.5)
-                middle = np.array([ratio.value for _, ratio in own])
-                spread = np.abs(np.array([[r.low, r.high] for _, r in own]).T - middle)
-                axis.errorbar(n, middle, spread, fmt=MARKS[arm], capsize=2, label=arm, ms=4)
-        axis.axhline(1, color="0.6", lw=0.8)
-        axis.set(xscale="log", yscale="log", title=f"{name}\n{backbone}", xlabel="labels")
-        axis.set_xticks(sorted({n for n, _, _ in points}), [str(n) for n in sorted({n for n, _, _ in points})])
-        axis.minorticks_off()
-    low, high = axes[0].get_ylim()
-    ticks = [tick for tick in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0) if low < tick < high]
-    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes[0].set_ylabel("force error relative to scratch")
-    axes[0].legend(fontsize=7)
-    return figure
+        figure = forest({title: [row for _, row in sorted(own)] for title, own in panels.items()})
+        figure.savefig(HERE.parents[1] / "docs/images/masking.svg", bbox_inches="tight", metadata={"Date": None})
 
 
 if __name__ == "__main__":
