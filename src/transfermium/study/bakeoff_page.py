@@ -83,9 +83,8 @@ def _bounds(low: float, high: float) -> str:
 def rows(result: Result, short: bool = False) -> list[dict[str, str]]:
     """Rows of a table of errors; `short` ones fit a terminal."""
     found = [_row(one) for one in result["comparisons"]]
-    dull = [key for key in ("backbone", "labels") if len({row[key] for row in found}) == 1]
-    if short:
-        dull += ["other materials"]
+    told = ("backbone", "labels", "target") if short else ("backbone", "labels")
+    dull = [key for key in told if len({row[key] for row in found}) == 1] + ["other materials"] * short
     return [{name: cell for name, cell in row.items() if name not in dull} for row in found]
 
 
