@@ -50,7 +50,7 @@ class Parts(Objective, ABC):
         self.parts = dict(parts)
         self.weights = weights
 
-    @cached_property
+    @property
     @abstractmethod
     def names(self) -> dict[str, dict[str, str]]:
         """Of each part: its own names of outputs to those in the model."""
