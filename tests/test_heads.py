@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from torch import nn
 
 import transfermium as tm
 from transfermium.backbones.base import Features
 from transfermium.errors import InputError
 from transfermium.graph import AtomGraph, Cutoff, Sample, to_graph
-from transfermium.heads import Head, fit_references, isolated_energies, pooled, rms, values
+from transfermium.heads import Head, LevelHead, fit_references, isolated_energies, pooled, rms, values
 
 KNOWN = {1: -13.7, 6: -147.2, 8: -431.9}
 
@@ -130,10 +130,29 @@ def test_scalars_start_at_mean_and_spread(structures: list[Atoms]) -> None:
     assert (float(head.shift), float(head.scale)) == pytest.approx((2.0, np.sqrt(2 / 3)))
 
 
-def test_sums_start_at_the_mean_per_atom(structures: list[Atoms]) -> None:
+def test_sums_start_at_what_each_element_adds(structures: list[Atoms]) -> None:
+    """Elements without a label at the mean over all atoms."""
     head = tm.ScalarHead(8, "sum")
     head.calibrate("volume", energies(structures, [5.0 * len(atoms) for atoms in structures], "volume"))
-    assert (float(head.shift), float(head.scale)) == (5.0, 1.0)
+    np.testing.assert_allclose(head.shift, 5.0, rtol=1e-12)
+    assert float(head.scale) == 1.0
+
+    water = [molecule(name) for name in ("H2O", "H2", "O2", "H2O2", "OH")]
+    labels = [2.0 * atoms.symbols.count("H") + 7.0 * atoms.symbols.count("O") for atoms in water]
+    head.calibrate("x", energies(water, labels, "x"))
+    np.testing.assert_allclose(head.shift[[1, 8]], [2.0, 7.0], rtol=1e-4)
+    mean = np.mean([total / len(atoms) for total, atoms in zip(labels, water, strict=True)])
+    np.testing.assert_allclose(head.shift[[6, 79]], mean, rtol=1e-12)
+
+
+def test_sums_with_one_shift_for_all_elements_can_still_be_read() -> None:
+    head = tm.ScalarHead(8, "sum")
+    old = {**head.state_dict(), "shift": torch.tensor(3.0, dtype=torch.float64)}
+    head.load_state_dict(old)
+    assert head.shift.shape == (119,) and bool((head.shift == 3.0).all())
+    levels = LevelHead(tm.ScalarHead(8, "sum"), ["a", "b"])
+    levels.load_state_dict({**levels.state_dict(), "shift": torch.tensor([1.0, 2.0]), "head.shift": torch.tensor(0.0)})
+    assert levels.shift[:, 6].tolist() == [1.0, 2.0] and levels.shift.shape == (2, 119)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 100_000.1, -123_456.789])
@@ -144,7 +163,7 @@ def test_labels_that_are_all_equal_leave_the_scale_at_one(head: Head, value: flo
     label = value * np.eye(3).reshape(shape) if isinstance(head, tm.TensorHead) else np.full(shape, value)
     head.calibrate("x", [Sample(atoms, {"x": label}) for atoms in crystals])
     assert float(head.scale) == 1.0  # type: ignore[arg-type]
-    assert float(head.shift) == pytest.approx(value)  # type: ignore[arg-type]
+    np.testing.assert_allclose(head.shift, value, rtol=1e-6)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import ase
 import numpy as np
@@ -295,6 +296,27 @@ class TestFinetune:
     def test_a_head_of_other_arguments_is_new(self):
         model = tuned(gap_model(), tm.Property("gap", kind="extensive"), steps=0)
         assert model.card["history"][-1]["alignment"]["kept heads"] == []
+
+    def test_sums_move_element_by_element(self, capsys):
+        """As between two methods, whose atomization energies differ by something for each element."""
+        cheap, dear = alloys(24, seed=1), alloys(24, seed=2)
+        for atoms in cheap:
+            atoms.info["ae"] = 2.0 * atoms.symbols.count("Cu") + 3.0 * atoms.symbols.count("Au")
+        for atoms in dear:
+            atoms.info["ae"] = 2.5 * atoms.symbols.count("Cu") + 1.0 * atoms.symbols.count("Au")
+        objective = tm.Property("ae", "extensive")
+        base = tm.pretrain(cheap, objective, painn(), steps=40, lr=0.01, **QUICK)
+        model = tm.finetune(base, dear, objective, strategy="aligned", **{**QUICK, "verbose": True})
+        alignment = model.card["history"][-1]["alignment"]
+        assert alignment["shift per element"]["ae"] == pytest.approx({"Cu": 0.5, "Au": -2.0}, abs=0.1)
+        assert alignment["residual"]["ae"]["after"] < 0.05 * alignment["residual"]["ae"]["before"]
+        assert re.search(
+            r"'ae' was shifted by .* per atom on average \(Cu \+0\.\d+, Au -[12]\.\d+\)",
+            " ".join(capsys.readouterr().err.split()),
+        )
+        unseen = ase.Atoms("NiCu", positions=[[0, 0, 0], [0, 0, 2.5]], cell=[4, 4, 5], pbc=True)
+        moved = [tm.predict(m, [unseen], verbose=False)[0].info["ae"] for m in (base, model)]
+        assert moved[1] - moved[0] == pytest.approx(0.5 + alignment["shift"]["ae"], abs=0.2)
 
     @pytest.mark.parametrize("conservative", [True, False], ids=["conservative", "direct"])
     def test_a_head_that_knew_noise_is_kept_and_scaled_to_forces(self, conservative):

@@ -24,6 +24,7 @@ from .heads import (
     ScalarHead,
     VectorHead,
     fit_references,
+    fit_shifts,
     is_extensive,
     labelled_totals,
     values,
@@ -42,7 +43,8 @@ def align_references(
     """Fit the references of heads to the residuals of labels, in place, and say what changed.
 
     An energy's references move per element, by least squares with a small ridge towards the old ones, all moved by the
-    mean residual per atom; other heads move by one constant. The scale of a head that was trained on another quantity
+    mean residual per atom; so do the shifts of a sum, of elements without labels by that mean; other heads move by one
+    constant. The scale of a head that was trained on another quantity
     (noise, say) is fitted first. The report has mean absolute residuals before and after, in eV/atom for energies.
 
     Args:
@@ -67,12 +69,9 @@ def align_references(
                 report |= {key if of == "energy" else f"{key} of {of}": found for key, found in shifts.items()}
         elif isinstance(kind, ScalarHead | CompositionHead | AtomHead) and not getattr(kind, "classes", 0):
             for of, shifted, some in by_level(head, "shift", name, seen):
-                residuals = _residuals(model, is_extensive(kind), name, own, some)
-                if len(residuals):
-                    shift = float(residuals.mean())
-                    shifted += shift
-                    report.setdefault("shift", {})[of] = shift
-                    report.setdefault("residual", {})[of] = _before_and_after(residuals, residuals - shift)
+                move = _shift_sums if getattr(kind, "pooling", "") == "sum" else _shift_all
+                for key, found in move(model, kind, shifted, name, own, some).items():
+                    report.setdefault(key, {})[of] = found
     return report
 
 
@@ -125,6 +124,40 @@ def _shift_elements(model: Model, references: Tensor, name: str, own: str, sampl
         "labels per element": dict(zip(symbols, labels.tolist(), strict=True)),
         "residual": _before_and_after(energies / sizes, (energies - composition @ shift) / sizes) | {"unit": "eV/atom"},
         **({"not told apart": together} if together else {}),
+    }
+
+
+def _shift_all(
+    model: Model, head: Head, shifted: Tensor, name: str, own: str, samples: Sequence[Sample]
+) -> dict[str, Any]:
+    """Move one number, in place, to the mean of what is left of the targets."""
+    residuals = _residuals(model, is_extensive(head), name, own, samples)
+    if not len(residuals):
+        return {}
+    shift = float(residuals.mean())
+    shifted += shift
+    return {"shift": shift, "residual": _before_and_after(residuals, residuals - shift)}
+
+
+def _shift_sums(
+    model: Model, head: Head, shifted: Tensor, name: str, own: str, samples: Sequence[Sample]
+) -> dict[str, Any]:
+    """Fit the shifts of the elements of a sum, in place, to what is left of the targets; residuals are per atom."""
+    labelled = [s for s in samples if np.isfinite(s.targets.get(own, [np.nan])[0])]
+    if not labelled:
+        return {}
+    predicted = _predictions(model, labelled, name)
+    residuals = [s._replace(targets={own: s.targets[own] - p}) for s, p in zip(labelled, predicted, strict=True)]
+    numbers, totals = labelled_totals(own, residuals)
+    shift = fit_shifts(numbers, totals)
+    shifted += torch.from_numpy(shift).to(shifted.device)
+    sizes = np.array([len(z) for z in numbers])
+    after = (totals - [shift[z].sum() for z in numbers]) / sizes
+    present = np.unique(np.concatenate(numbers))
+    return {
+        "shift": float((totals / sizes).mean()),
+        "shift per element": {chemical_symbols[z]: float(shift[z]) for z in present},
+        "residual": _before_and_after(totals / sizes, after),
     }
 
 
@@ -203,7 +236,7 @@ def show_alignment(report: Mapping[str, Any]) -> None:
     for name, factor in report.get("scale", {}).items():
         console.print(f"Alignment: the scale of '{name}' was fitted to the labels (×{factor:.3g})")
     for name, shift in report.get("shift", {}).items():
-        console.print(f"Alignment: '{name}' was shifted by {shift:.4g}")
+        console.print(f"Alignment: '{name}' was shifted by {shift:.4g}{shifts_in_words(report, name)}")
     for of, shifts in reference_shifts(report).items():
         labels = report.get(f"labels per element{of}", {})
         rows = [
@@ -216,6 +249,13 @@ def show_alignment(report: Mapping[str, Any]) -> None:
             console.print(f"Alignment: {not_told_apart(together)}")
     for name, found in report.get("residual", {}).items():
         console.print(f"Alignment: {residual(name, found)}")
+
+
+def shifts_in_words(report: Mapping[str, Any], name: str) -> str:
+    """What the elements of a sum were shifted by, to follow its mean; nothing of other quantities."""
+    shifts = report.get("shift per element", {}).get(name, {})
+    said = ", ".join(f"{symbol} {shift:+.4g}" for symbol, shift in shifts.items())
+    return f" per atom on average ({said})" if shifts else ""
 
 
 def not_told_apart(groups: Sequence[str]) -> str:

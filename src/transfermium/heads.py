@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ class EnergyHead(Head):
 class ScalarHead(Head):
     """One number per structure: the mean over its atoms ("mean", "attention") or their sum ("sum").
 
-    Means are for intensive properties such as band gaps, sums for extensive ones such as polarisabilities.
+    Means are for intensive properties such as band gaps, sums for extensive ones such as polarisabilities. What an atom
+    adds to a sum begins with that of its element, which is most of an atomization energy.
     """
 
     scale: Tensor
@@ -95,23 +97,33 @@ class ScalarHead(Head):
         if pooling == "attention":
             self.score = mlp(width, width, 1)
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+        elements = (LAST_ELEMENT + 1,) if pooling == "sum" else ()
+        self.register_buffer("shift", torch.zeros(elements, dtype=torch.float64))
 
     def forward(self, features: Features, graph: AtomGraph) -> Tensor:
         score = self.score(features.scalars) if self.pooling == "attention" else None
-        contributions = self.readout(features.scalars).double() * self.scale + self.shift
+        contributions = self.readout(features.scalars).double() * self.scale
         if self.pooling == "sum":
-            return graph.sum_over_systems(contributions).squeeze(1)
-        return pooled(contributions, graph, score).squeeze(1)
+            shift = self.shift.index_select(0, graph.atomic_numbers)
+            return graph.sum_over_systems(contributions.squeeze(1) + shift)
+        return pooled(contributions + self.shift, graph, score).squeeze(1)
 
     def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
-        """Shift and scale become mean and standard deviation (per atom for sums)."""
-        sizes, labels = _sizes_and_labels(name, samples)
+        """Shift and scale become mean and standard deviation; of sums, those per element and what is left per atom."""
+        numbers, labels = labelled_totals(name, samples)
+        if not len(labels):
+            return
         if self.pooling == "sum":
-            labels = labels / sizes
-        if len(labels):
+            self.shift.copy_(torch.from_numpy(fit_shifts(numbers, labels)))
+            self.scale.fill_(spread_of_energies(name, samples))
+        else:
             self.shift.fill_(labels.mean())
             self.scale.fill_(rms(labels - labels.mean(), labels))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        """Also of models whose sums had one shift for all elements."""
+        spread_over_elements(state, f"{prefix}shift", self.shift)
+        super()._load_from_state_dict(state, prefix, *others)
 
 
 class ClassHead(Head):
@@ -360,7 +372,7 @@ class LevelHead(Head):
 
     references: Tensor  # (n_levels, elements + 1) of an energy; else:
     scale: Tensor  # (n_levels,)
-    shift: Tensor  # (n_levels,)
+    shift: Tensor  # (n_levels,), or (n_levels, elements + 1) of sums
 
     def __init__(self, head: Head, levels: Sequence[str]):
         super().__init__()
@@ -379,11 +391,14 @@ class LevelHead(Head):
         if isinstance(self.head, EnergyHead):
             references = self.references.index_select(1, graph.atomic_numbers).mT
             return result + graph.sum_over_systems((level * references).sum(dim=1))
-        level = level if self.per_atom else pooled(level, graph)
-        result = result * (level @ self.scale)
+        of_each = level if self.per_atom else pooled(level, graph)
+        result = result * (of_each @ self.scale)
         if "shift" not in self.own:
             return result
-        shift = level @ self.shift
+        if self.shift.dim() == 2:
+            shifts = self.shift.index_select(1, graph.atomic_numbers).mT
+            return result + graph.sum_over_systems((level * shifts).sum(dim=1))
+        shift = of_each @ self.shift
         return result + (shift * graph.atoms_per_system() if is_extensive(self.head) else shift)
 
     def calibrate(self, name: str, samples: Sequence[Sample]) -> None:
@@ -398,6 +413,12 @@ class LevelHead(Head):
         if isinstance(self.head, EnergyHead):
             self.head.calibrate(name, [self._without_references(name, sample) for sample in samples])
             self.head.references.zero_()
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        """Also of models whose sums had one shift for all elements."""
+        if "shift" in self.own:
+            spread_over_elements(state, f"{prefix}shift", self.shift)
+        super()._load_from_state_dict(state, prefix, *others)
 
     def of_level(self, level: str, samples: Sequence[Sample]) -> list[Sample]:
         """The samples that are of this level."""
@@ -511,6 +532,25 @@ def fit_references(
         solution += np.linalg.solve(gram, a.T @ (per_atom - a @ solution))
     references[free] = solution
     return references
+
+
+def fit_shifts(numbers: Sequence[np.ndarray], totals: np.ndarray) -> np.ndarray:
+    """What an atom of each element adds to a sum (index: atomic number), by least squares per atom, and the mean over
+    all atoms for elements that do not occur: unlike an energy, a property has no zero of its own for each element.
+
+    The ridge pulls towards that mean, for a property of many elements may have few labels.
+    """
+    found = fit_references(numbers, totals, ridge=1e-2)
+    absent = np.ones(len(found), bool)
+    absent[np.unique(np.concatenate(numbers))] = False
+    found[absent] = np.mean(totals / np.array([len(z) for z in numbers]))
+    return found
+
+
+def spread_over_elements(state: dict[str, Tensor], name: str, wanted: Tensor) -> None:
+    """Turn one shift for all elements, as it was saved, into one for each."""
+    if name in state and state[name].dim() == wanted.dim() - 1:
+        state[name] = state[name].unsqueeze(-1).expand_as(wanted).clone()
 
 
 def spread_of_energies(name: str, samples: Sequence[Sample]) -> float:

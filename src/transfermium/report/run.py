@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 from ase.data import atomic_numbers
 
-from ..align import not_told_apart, reference_shifts, residual
+from ..align import not_told_apart, reference_shifts, residual, shifts_in_words
 from ..data.labels import Label, Labels
 from ..data.split import Split
 from ..errors import InputError
@@ -254,7 +254,9 @@ def _show_alignment(page: Page, report: Content) -> None:
     for name, factor in report.get("scale", {}).items():
         page.text(f"The scale of {name} was fitted to the new labels (× {factor:.3g}), before the first step.")
     for name, shift in report.get("shift", {}).items():
-        page.text(f"Predictions of {name} were shifted by {shift:+.4g}, before the first step.")
+        page.text(
+            f"Predictions of {name} were shifted by {shift:+.4g}{shifts_in_words(report, name)}, before the first step."
+        )
     every = reference_shifts(report)
     for of, shifts in every.items():
         low, high = min(shifts, key=shifts.__getitem__), max(shifts, key=shifts.__getitem__)
