@@ -68,19 +68,24 @@ FUNCTIONALS = ("LDA", "PBE", "PBEsol", "AM05")
 
 
 def oxides(data: Path, do: Callable[..., Any]) -> None:
-    """Equations of state of oxides at four functionals: all pairs; none of a test curve is at any functional."""
+    """Equations of state of oxides at four functionals: all pairs; a third of the polymorphs is at no functional.
+
+    Forces are not learned: in these structures they are next to zero (8 meV/Å), and weights that follow their size
+    would leave nothing of energies and stress.
+    """
     read = {name: tm.read(data / f"bo2_polymorphs_4xc/{name}.extxyz.xz") for name in FUNCTIONALS}
     for structures in read.values():
         for atoms in structures:
-            atoms.info["eos"] = f"{atoms.info['oxide']} {atoms.info['polymorph']}"
-    divided = split(read["PBE"], 0.2, by="eos", seed=0)
-    unseen = {read["PBE"][int(i)].info["eos"] for i in divided.valid}
+            atoms.info["material_id"] = f"{atoms.info['oxide']} {atoms.info['polymorph']}"
+    divided = split(read["PBE"], 1 / 3, by="material_id", seed=0)
+    unseen = {read["PBE"][int(i)].info["material_id"] for i in divided.valid}
     for base, target in permutations(FUNCTIONALS, 2):
         do(
-            f"oxides-{base}-{target}", [a for a in read[target] if a.info["eos"] not in unseen], tm.Potential(),
-            folder="oxides", base_data=[a for a in read[base] if a.info["eos"] not in unseen],
-            test=[a for a in read[target] if a.info["eos"] in unseen], sizes=[10, 20, 40, 80, 160],
-            backbone=tm.PaiNN(32, 2), pretraining="1000steps", tuning="300steps", target="10meV/atom",
+            f"oxides-{base}-{target}", [a for a in read[target] if a.info["material_id"] not in unseen],
+            tm.Potential(forces=0.0), folder="oxides",
+            base_data=[a for a in read[base] if a.info["material_id"] not in unseen],
+            test=[a for a in read[target] if a.info["material_id"] in unseen], sizes=[10, 20, 40, 80, 160],
+            backbone=tm.PaiNN(32, 2), pretraining="1000steps", tuning="300steps", edges=3_000, target="30meV/atom",
         )  # fmt: skip
 
 
