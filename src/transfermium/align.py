@@ -44,8 +44,8 @@ def align_references(
 
     An energy's references move per element, by least squares with a small ridge towards the old ones, all moved by the
     mean residual per atom; so do the shifts of a sum, of elements without labels by that mean; other heads move by one
-    constant. The scale of a head that was trained on another quantity
-    (noise, say) is fitted first. The report has mean absolute residuals before and after, in eV/atom for energies.
+    constant. The scale of a head that was trained on another quantity (noise, say) is fitted first. The report has
+    mean absolute residuals before and after, in eV/atom for energies.
 
     Args:
         samples: with targets in the units of `objective`.
@@ -96,19 +96,28 @@ def _residuals(model: Model, extensive: bool, name: str, own: str, samples: Sequ
     return residuals[np.isfinite(residuals)]
 
 
+def _left_of_totals(
+    model: Model, name: str, own: str, samples: Sequence[Sample]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Atomic numbers of the structures that have a target called `own`, and what is left of it."""
+    labelled = [s for s in samples if np.isfinite(s.targets.get(own, [np.nan])[0])]
+    if not labelled:
+        return [], np.zeros(0)
+    predicted = _predictions(model, labelled, name)
+    left = [s._replace(targets={own: s.targets[own] - p}) for s, p in zip(labelled, predicted, strict=True)]
+    return labelled_totals(own, left)
+
+
 def _before_and_after(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     return {"before": float(np.abs(before).mean()), "after": float(np.abs(after).mean()), "labels": len(before)}
 
 
 def _shift_elements(model: Model, references: Tensor, name: str, own: str, samples: Sequence[Sample]) -> dict[str, Any]:
     """Fit references of the head called `name`, in place, to what is left of targets called `own`."""
-    labelled = [s for s in samples if np.isfinite(s.targets.get(own, [np.nan])[0])]
-    labelled = [s for s in labelled if not is_isolated_atom(s.atoms)]  # no model is trained on lone atoms
-    if not labelled:
+    # no model is trained on lone atoms
+    numbers, energies = _left_of_totals(model, name, own, [s for s in samples if not is_isolated_atom(s.atoms)])
+    if not numbers:
         return {}
-    predicted = _predictions(model, labelled, name)
-    residuals = [s._replace(targets={own: s.targets[own] - p}) for s, p in zip(labelled, predicted, strict=True)]
-    numbers, energies = labelled_totals(own, residuals)
     shift = fit_references(numbers, energies, ridge=1e-4)
     references += torch.from_numpy(shift).to(references.device)
 
@@ -143,12 +152,9 @@ def _shift_sums(
     model: Model, head: Head, shifted: Tensor, name: str, own: str, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """Fit the shifts of the elements of a sum, in place, to what is left of the targets; residuals are per atom."""
-    labelled = [s for s in samples if np.isfinite(s.targets.get(own, [np.nan])[0])]
-    if not labelled:
+    numbers, totals = _left_of_totals(model, name, own, samples)
+    if not numbers:
         return {}
-    predicted = _predictions(model, labelled, name)
-    residuals = [s._replace(targets={own: s.targets[own] - p}) for s, p in zip(labelled, predicted, strict=True)]
-    numbers, totals = labelled_totals(own, residuals)
     shift = fit_shifts(numbers, totals)
     shifted += torch.from_numpy(shift).to(shifted.device)
     sizes = np.array([len(z) for z in numbers])
