@@ -21,7 +21,7 @@ from transfermium.model import load
 from transfermium.report import need_viewer
 from transfermium.study.curve import curve
 from transfermium.study.curve_laws import Curves, goal_of, runs_in_words, summary
-from transfermium.study.curve_page import page, worths
+from transfermium.study.curve_page import page, worth_drawn, worths
 from transfermium.study.curve_study import Study, chosen_sizes, validation_error
 from transfermium.study.judged import absolute
 from transfermium.study.points import valid_fraction, validating_in_words
@@ -350,6 +350,15 @@ def test_arms_of_which_nothing_is_known_are_named_once():
     assert worths({"factors": {"gap": factors}}, "gap", "said") == [
         {"labels": "10", "full": "3.1 (2 to 4)"}, {"labels": "20", "full": "more than 4 (without bounds)"},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_what_has_no_bounds_is_not_drawn_as_if_it_were_sure(bounded):
+    interval = ("2 to 4", [2.0, 4.0]) if bounded else ("without bounds", [None, None])
+    row = {"n_train": 10, "value": 3.1, "said": f"3.1 ({interval[0]})", "ci": interval[1]}
+    errors = [{"arm": arm, "quantity": "gap"} for arm in ("scratch", "full")]
+    figure = worth_drawn({"errors": errors, "factors": {"gap": {"full": [row]}}}, "gap")
+    assert (figure is not None) is bounded
 
 
 class TestCurve:

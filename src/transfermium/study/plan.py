@@ -156,8 +156,7 @@ class Plan:
         wanted = objective.labels()
         if not wanted:
             return
-        named = ({k: v for k, v in one.items() if k in wanted} for one in (self.label, self.unit))
-        labels, units = named
+        labels, units = ({k: v for k, v in one.items() if k in wanted} for one in (self.label, self.unit))
         optional = [quantity for quantity, needed in wanted.items() if not needed or len(wanted) > 1]
         if not resolve(structures, list(wanted), labels=labels, units=units, optional=optional).entries:
             raise InputError(f"the arm {name} learns {' or '.join(wanted)}, but its structures have none")

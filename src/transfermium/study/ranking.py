@@ -122,14 +122,14 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _said(arm: str, other: str, answer: Mapping[str, Any]) -> str:
-    interval = f"{answer['ratio']:.2f} times the errors, {spread(answer['low'], answer['high'], 2)}"
+    interval = f"{answer['ratio']:.2f} times the errors, {_over_seeds(answer['low'], answer['high'])}"
     words = {"yes": "beats", "no": "is worse than", "not clear": "cannot be told from"}[answer["answer"]]
     return f"{arm} {words} {other} ({interval})."
 
 
-def spread(low: float, high: float, digits: int, over: str = "seeds") -> str:
+def _over_seeds(low: float, high: float) -> str:
     """For people, an interval that is there with two seeds or more."""
-    return f"{low:.{digits}f} to {high:.{digits}f} over {over}" if math.isfinite(high) else "one seed has no interval"
+    return f"{low:.2f} to {high:.2f} over seeds" if math.isfinite(high) else "one seed has no interval"
 
 
 def _questions(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
