@@ -1,7 +1,8 @@
 """What pre-training on a cheap functional saves at an expensive one, measured (doi 10.1039/d3dd00030c).
 
     python recipes/functional/run.py --data DIR                    all studies, one after the other
-    python recipes/functional/run.py --data DIR --only crystals    one of them
+    python recipes/functional/run.py --data DIR --only water       one of them
+    python recipes/functional/run.py --data DIR --only water-joint one curve of one of them
 
 Finished cells are kept in `--runs`, so that the same command goes on; a finished study writes NAME.json (all errors,
 laws, factors, intervals) and figures beside this file. Studies of several pairs share one folder of cells.
@@ -50,6 +51,15 @@ def water(data: Path, do: Callable[..., Any]) -> None:
     do("water", labels, objective, sizes=[5, 10, 20, 40, 80, 160], arms=usual, **shared)
     longer = ["scratch", "scratch_long", "full", "replay"]
     do("water-long", labels, objective, sizes=[10, 20, 40, 80, 160], arms=longer, **shared)
+    do("water-joint", labels, objective, sizes=[10, 80], arms=["scratch", "full", "multi-fidelity"], **shared)
+    energies = tm.read(labels)  # a probe learns one number of a structure
+    for atoms in energies:
+        atoms.info["energy_per_atom"] = atoms.get_potential_energy() / len(atoms)
+    probed = shared | {"target": "1meV/atom", "base_objective": objective}
+    do(
+        "water-energies", energies, tm.Property("energy_per_atom"), unit={"energy_per_atom": "eV/atom"},
+        sizes=[5, 10, 20, 40, 80, 160], arms=["scratch", "probe", "full"], **probed,
+    )  # fmt: skip
 
 
 def molecules(data: Path, do: Callable[..., Any]) -> None:
@@ -57,11 +67,17 @@ def molecules(data: Path, do: Callable[..., Any]) -> None:
     everything = tm.read(data / "qm7_dftb3_pbe0/all.extxyz.xz")
     pool = [a for a in everything if a.info["split"] != "test"]
     ae, test = tm.Property("ae", "extensive"), [a for a in everything if a.info["split"] == "test"]
+    shared: dict[str, Any] = {
+        "test": test, "base_data": pool, "label": {"ae": "ae_pbe0_kcal"}, "unit": {"ae": KCAL},
+        "base_label": {"ae": "ae_dftb3_kcal"}, "base_unit": {"ae": KCAL}, "cheap": "ae_dftb3_kcal",
+        "backbone": tm.PaiNN(32, 2), "pretraining": "300s", "tuning": "30s", "folder": "molecules",
+    }  # fmt: skip
     do(
-        "molecules", pool, ae, test=test, base_data=pool, label={"ae": "ae_pbe0_kcal"}, unit={"ae": KCAL},
-        base_label={"ae": "ae_dftb3_kcal"}, base_unit={"ae": KCAL}, sizes=[50, 100, 200, 400, 800, 1600, 4800],
-        backbone=tm.PaiNN(32, 2), pretraining="300s", tuning="30s",
+        "molecules", pool, ae, sizes=[50, 100, 200, 400, 1200, 4800],
+        arms=["scratch", "aligned", "full", "delta"], **shared,
     )  # fmt: skip
+    longer = ["scratch", "scratch_long", "full", "delta"]
+    do("molecules-long", pool, ae, sizes=[200, 1200], arms=longer, **shared)
 
 
 FUNCTIONALS = ("LDA", "PBE", "PBEsol", "AM05")
@@ -104,7 +120,7 @@ def volumes(data: Path, do: Callable[..., Any]) -> None:
             atoms.info["above_ground_state"] = atoms.get_potential_energy() / len(atoms) - lowest
     known = [a for a in structures if a.info["oxide"] != "IrO2"]
     do(
-        "volumes", known, tm.Property("above_ground_state"), base_data=known,
+        "volumes", known, tm.Property("above_ground_state"), unit={"above_ground_state": "eV/atom"}, base_data=known,
         base_objective=tm.Property("volume_at_rest"), test=[a for a in structures if a.info["oxide"] == "IrO2"],
         arms=["scratch", "scratch_long", "probe", "full"], sizes=[10, 20, 40, 80, 160], backbone=tm.PaiNN(32, 2),
         pretraining="1000steps", tuning="300steps",
@@ -116,17 +132,21 @@ def gaps(data: Path, do: Callable[..., Any]) -> None:
     everything = tm.read(data / "mp_gap_multifidelity/all.extxyz.xz")
     sides = {side: [a for a in everything if a.info["split"] == side] for side in ("train", "test")}
     cheap = [a for a in sides["train"] if "gap_pbe" in a.info]
-    for name, backbone in (("TensorNet", tm.TensorNet(32, 2)), ("CGAT", tm.CGAT())):
-        for level, most in (("hse", 640), ("gllbsc", 640), ("scan", 160)):
-            if name == "CGAT" and level != "hse":
-                continue
-            own = {side: [a for a in some if f"gap_{level}" in a.info] for side, some in sides.items()}
-            do(
-                f"gaps-{name}-{level}", own["train"], tm.Property("gap"), folder="gaps", test=own["test"],
-                label={"gap": f"gap_{level}"}, base_data=cheap, base_label={"gap": "gap_pbe"}, backbone=backbone,
-                arms=["scratch", "aligned", "probe", "full", "multi-fidelity"],
-                sizes=[n for n in (40, 160, 640) if n <= most], pretraining="60s", tuning="20s",
-            )  # fmt: skip
+    tensornet, sizes = tm.TensorNet(32, 2), [40, 160, 640]
+    for name, backbone, level, most in (
+        ("TensorNet-hse", tensornet, "hse", 640), ("CGAT-hse", tm.CGAT(), "hse", 640),
+        ("TensorNet-gllbsc", tensornet, "gllbsc", 640), ("TensorNet-scan", tensornet, "scan", 160),
+    ):  # fmt: skip
+        own = {
+            side: [a for a in some if f"gap_{level}" in a.info and "gap_pbe" in a.info] for side, some in sides.items()
+        }
+        do(
+            f"gaps-{name}", own["train"], tm.Property("gap"), folder="gaps", test=own["test"],
+            label={"gap": f"gap_{level}"}, unit={"gap": "eV"}, base_data=cheap, base_label={"gap": "gap_pbe"},
+            base_unit={"gap": "eV"}, cheap="gap_pbe", backbone=backbone,
+            arms=["scratch", "aligned", "probe", "full", "multi-fidelity", "delta"],
+            sizes=[n for n in sizes if n <= most], pretraining="60s", tuning="20s",
+        )  # fmt: skip
 
 
 def elements(data: Path, do: Callable[..., Any]) -> None:
@@ -154,6 +174,8 @@ def main() -> None:
     args = arguments(__doc__, only="", seeds=3, workers=2)
 
     def do(name: str, structures: Any, objective: tm.Objective, folder: str | None = None, **given: Any) -> None:
+        if args.only not in ("", name, name.split("-")[0]):
+            return
         out = args.runs / "functional" / (folder or name)
         print(f"\n{name}", flush=True)
         result = curve(structures, objective, out, workers=args.workers, **{"seeds": args.seeds, **given})
@@ -166,7 +188,7 @@ def main() -> None:
             figure.savefig(HERE / f"{file}.svg", bbox_inches="tight", metadata={"Date": None})
 
     for name, study in STUDIES.items():
-        if args.only in ("", name):
+        if args.only.split("-")[0] in ("", name):
             study(args.data, do)
 
 
