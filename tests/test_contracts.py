@@ -124,6 +124,17 @@ def test_probes_keep_every_law(support: int, kind: str, cls: type[tm.Backbone]) 
     check_head(head, backbone)
 
 
+@pytest.mark.parametrize("cls", [tm.PaiNN, tm.CGCNN, tm.TensorNet, tm.EGNN])
+def test_probes_of_energies_keep_every_law(cls: type[tm.Backbone]) -> None:
+    torch.manual_seed(0)
+    backbone = small(cls)
+    crystal = tm.crystals("PBE", "test")[:1]
+    names = tm.features(tm.Model(backbone, {}), crystal, per_atom=True, verbose=False).names
+    head = tm.EnergyProbeHead(backbone.width, len(names))
+    head.correction.normal_()
+    check_head(head, backbone)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=spelled)
 def test_objectives_keep_every_law(objective: tm.Objective) -> None:
     check_objective(objective)
@@ -139,7 +150,10 @@ def test_nothing_exported_is_left_out() -> None:
         return {x for x in found if inspect.isclass(x) and issubclass(x, base)} - {base}
 
     assert exported(tm.Backbone) == set(BACKBONES)
-    assert exported(tm.Head) == {type(head) for head in HEADS} | {tm.ProbeHead}  # each backbone has its own
+    assert exported(tm.Head) == {type(head) for head in HEADS} | {
+        tm.ProbeHead,
+        tm.EnergyProbeHead,
+    }  # each backbone has its own
     assert exported(tm.Objective) == {type(objective) for objective in OBJECTIVES}
 
 

@@ -30,6 +30,7 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
         "features",
         "ladder",
         "probe",
+        "energy_probe",
         "replay",
         "calculator",
         "calibrate",

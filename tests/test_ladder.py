@@ -61,8 +61,8 @@ def test_every_rung_is_judged_on_the_same_structures_and_the_best_is_taken(tmp_p
     assert [stage["verb"] for stage in model.card["history"]] == ["pretrain", "finetune"]
 
 
-def test_a_shift_of_references_needs_no_training() -> None:
-    assert table_of(climb(tm.Potential(), steps=1, lr=1e-9))["taken"] == "aligned"
+def test_a_probe_of_few_labels_is_better_than_one_step() -> None:
+    assert table_of(climb(tm.Potential(), steps=1, lr=1e-9))["taken"] == "probe"
 
 
 def test_options_of_training_reach_the_rungs_that_train(tmp_path: Path) -> None:
@@ -94,7 +94,8 @@ def test_what_cannot_be_tried_is_no_rung() -> None:
     def names(objective: tm.Objective, **options: Any) -> list[str]:
         return [rung["name"] for rung in table_of(climb(objective, steps=0, **options))["rungs"]]
 
-    assert names(tm.Potential()) == ["zero-shot", "aligned", "head", "lora", "full"]
+    assert names(tm.Potential()) == ["zero-shot", "aligned", "probe", "head", "lora", "full"]
+    assert names(tm.Potential(conservative=False)) == ["zero-shot", "aligned", "head", "lora", "full"]
     assert names(GAP, align=False, backbone_lr=0.0) == ["zero-shot", "probe", "head"]
 
 

@@ -148,7 +148,7 @@ class TestProbe:
     @pytest.mark.parametrize(
         ("objective", "words"),
         [
-            (tm.Potential(), "a probe learns one number per structure"),
+            (tm.Potential(conservative=False), "a probe learns one number per structure"),
             (tm.Property("gap", task="classification"), "a probe learns one number per structure"),
             (tm.Property("gap", kind="per-atom"), "a probe learns one number per structure"),
         ],

@@ -7,6 +7,7 @@ from .calculator import Calculator
 from .crystals import crystals
 from .data import PackedSet, leaks, pack, read
 from .doctor import doctor
+from .energy_probe import EnergyProbeHead
 from .errors import InputError
 from .evaluate import evaluate, predict
 from .features import features
@@ -55,6 +56,7 @@ __all__ = [
     "Denoise",
     "DeviationHead",
     "EnergyHead",
+    "EnergyProbeHead",
     "Features",
     "Fidelities",
     "ForceNet",

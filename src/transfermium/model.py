@@ -119,7 +119,7 @@ class Model(nn.Module):
                 return self._evaluate(graph, wanted)
 
         with torch.enable_grad():
-            graph, leaves = _differentiable(graph, {type(derivative) for derivative in derived.values()})
+            graph, leaves = differentiable(graph, {type(derivative) for derivative in derived.values()})
             direct = [name for name in wanted if name in self.heads]
             roots = dict.fromkeys(derivative.of for derivative in derived.values())
             results = self._evaluate(graph, dict.fromkeys([*direct, *roots]))
@@ -242,7 +242,7 @@ class Model(nn.Module):
         )
         by_kind = dict(zip(kinds, gradients, strict=True))
         return {
-            name: -by_kind[Gradient] if isinstance(d, Gradient) else _per_volume(by_kind[Strain], cell)
+            name: -by_kind[Gradient] if isinstance(d, Gradient) else per_volume(by_kind[Strain], cell)
             for name, d in names.items()
         }
 
@@ -616,7 +616,7 @@ def _watched(backbone: Backbone | None) -> Iterator[dict[str, list[Tensor]]]:
             handle.remove()
 
 
-def _differentiable(graph: AtomGraph, kinds: Collection[type]) -> tuple[AtomGraph, dict[type, Tensor]]:
+def differentiable(graph: AtomGraph, kinds: Collection[type]) -> tuple[AtomGraph, dict[type, Tensor]]:
     """The same graph as a function of its positions and of a symmetric strain (zero) of positions and cell."""
     positions = graph.positions.detach().requires_grad_()
     if Strain not in kinds:
@@ -628,7 +628,7 @@ def _differentiable(graph: AtomGraph, kinds: Collection[type]) -> tuple[AtomGrap
     return graph._replace(positions=moved, cell=cell), {Gradient: positions, Strain: strain}
 
 
-def _per_volume(gradient: Tensor, cell: Tensor) -> Tensor:
+def per_volume(gradient: Tensor, cell: Tensor) -> Tensor:
     volume = torch.linalg.det(cell.detach()).abs()
     periodic = volume > 0
     stress = gradient / torch.where(periodic, volume, 1.0).view(-1, 1, 1)

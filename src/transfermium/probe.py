@@ -14,11 +14,12 @@ from torch import Tensor
 from .backbones.base import Features
 from .data.split import materials
 from .errors import InputError
+from .evaluate import PRINTED
 from .features import features
 from .graph import AtomGraph
 from .heads import Head, pooled
 from .model import SMOOTH, Model
-from .objectives import Objective, Property
+from .objectives import Objective, Potential, Property
 
 MOST_POINTS = 2_000  # that a Gaussian process is fitted to: time grows with their cube
 MOST_TRIED = 400  # and that its length and noise are chosen on
@@ -77,7 +78,9 @@ class ProbeHead(Head):
 
 
 def probes(objective: Objective) -> bool:
-    """Whether a probe can learn this: one number per structure."""
+    """Whether a probe can learn this: one number per structure, or an energy and its derivatives."""
+    if isinstance(objective, Potential):
+        return objective.conservative
     return isinstance(objective, Property) and objective.task == "regression" and objective.kind != "per-atom"
 
 
@@ -100,9 +103,18 @@ def probed(
 
 def told_of_probe(report: Mapping[str, Any]) -> str:
     """What was fitted and how well, in one sentence."""
+    if "errors of what is left out" in report:  # an energy
+        errors = ", ".join(_told_of_errors(*each) for each in report["errors of what is left out"].items())
+        along = f"{report['features']} directions of the features of the frozen backbone"
+        return f"{report['probe']}, along {along} (RMSE of what is left out, without it and with it: {errors})"
     errors = ", ".join(f"{name} {error:.4g}" for name, error in report["leave-one-out errors"].items())
     one = f"one of {report['materials']} materials" if "materials" in report else "one structure"
     return f"{report['probe']} on {report['features']} features of the frozen backbone (errors without {one}: {errors})"
+
+
+def _told_of_errors(name: str, found: Mapping[str, Any]) -> str:
+    unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
+    return f"{name} {factor * found['before']:.4g} and {factor * found['after']:.4g} {unit}"
 
 
 def summary(layers: Mapping[str, Tensor], graph: AtomGraph) -> Tensor:

@@ -18,13 +18,14 @@ from .card import theory, theory_of
 from .console import console
 from .data.read import Source, read
 from .dataset import TrainingData
+from .energy_probe import probed_energy
 from .errors import InputError
 from .graph import Sample
 from .heads import LevelHead
 from .ladder import climbed, rungs
 from .lora import RANK, adapt
 from .model import Model, described, load
-from .objectives import Objective, Property
+from .objectives import Objective, Potential, Property
 from .objectives.base import told
 from .probe import probed, probes, told_of_probe
 from .replay import Ledger, beside, check_ledger, chosen_replay
@@ -254,15 +255,19 @@ def finetune(
     model, kept = _transferred(base, settled, samples, settings.seed)
     model.to(chosen_device(settings.device))
     report: dict[str, Any] = {"kept heads": kept}
-    if isinstance(settled, Property) and strategy == "probe":
+    was = base.card.get("quantities", {})
+    if strategy == "probe" and isinstance(settled, Property):
         model, found = probed(model, settled, data.train, settings.edges)
         report |= found
-        if verbose:
-            console.print(f"Probe: {told_of_probe(found)}")
+    elif strategy == "probe" and isinstance(settled, Potential):
+        model, found = probed_energy(model, settled, samples, was, kept, align, settings.edges, not verbose)
+        report |= found
     elif align and kept:
-        report |= align_references(model, settled, samples, base.card.get("quantities", {}), kept)
-        if verbose:
-            show_alignment(report)
+        report |= align_references(model, settled, samples, was, kept)
+    if verbose:
+        show_alignment(report)
+        if "probe" in report:
+            console.print(f"Probe: {told_of_probe(report)}")
     report |= settle_unseen(model, settled, samples, report, unseen, base, align, data.validated)
     for words in unseen_in_words(report) if verbose else ():
         console.print(f"Alignment: {words}", markup=False)
@@ -321,7 +326,8 @@ def _with_strategy(strategy: str, objective: Objective, config: Mapping[str, Any
         raise InputError(f"strategy '{strategy}' trains the backbone, but backbone_lr=0 freezes it: leave one out")
     if strategy == "probe" and not probes(objective):
         raise InputError(
-            f"a probe learns one number per structure, not {objective!r}: give a Property, or another strategy"
+            f"a probe learns one number per structure, or an energy whose derivatives are forces and stress, not "
+            f"{objective!r}: give another objective, or another strategy"
         )
     return {**config, **STRATEGIES[strategy]}
 

@@ -249,7 +249,8 @@ def _show_alignment(page: Page, report: Content) -> None:
     kept = report.get("kept heads", [])
     if "probe" in report:
         page.text(f"Nothing was trained. {told_of_probe(report)}.")
-        return
+        if "residual" not in report:
+            return
     page.text(f"Heads kept from the base: {_listed(kept)}." if kept else "No head was kept: all outputs are new.")
     for name, factor in report.get("scale", {}).items():
         page.text(f"The scale of {name} was fitted to the new labels (× {factor:.3g}), before the first step.")

@@ -116,8 +116,8 @@ class Study:
             )
         if "probe" in self.arms and not probes(objective):
             raise InputError(
-                f"the arm 'probe' learns one number per structure, not {type(objective).__name__} as it is given here: "
-                "leave the arm out"
+                "the arm 'probe' learns one number per structure, or an energy with its derivatives, not "
+                f"{type(objective).__name__} as it is given here: leave the arm out"
             )
         if TOGETHER in self.arms and base_objective is not None:
             Fidelities({CHEAP: base_objective, DEAR: objective})  # or says why they are not learned together
