@@ -28,6 +28,7 @@ from transfermium.study.curve_page import drawn, worth_drawn
 
 HERE = Path(__file__).parent
 KCAL = "kcal/mol"
+WITH_PROBE = ("scratch", "aligned", "probe", "full")
 SMALL = ("alexandria-random-1k", "mpf-TP", "mpf-alkali-TP", "mptrj-random-1k", "random-TP")  # not the highest stress
 
 
@@ -36,7 +37,8 @@ def crystals(data: Path, do: Callable[..., Any]) -> None:
     do(
         "crystals", tm.crystals("r2SCAN", "train"), tm.Potential(), base_data=tm.crystals("PBE", "train"),
         test=tm.crystals("r2SCAN", "test"), base_sizes=[30, 60, 120, 220], sizes=[5, 10, 20, 40, 64],
-        backbone=tm.PaiNN(32, 2), pretraining="800steps", tuning="300steps", edges=2_000, target="400meV/Å", seeds=5,
+        arms=WITH_PROBE, backbone=tm.PaiNN(32, 2), pretraining="800steps", tuning="300steps", edges=2_000,
+        target="400meV/Å", seeds=5,
     )  # fmt: skip
 
 
@@ -51,15 +53,8 @@ def water(data: Path, do: Callable[..., Any]) -> None:
     do("water", labels, objective, sizes=[5, 10, 20, 40, 80, 160], arms=usual, **shared)
     longer = ["scratch", "scratch_long", "full", "replay"]
     do("water-long", labels, objective, sizes=[10, 20, 40, 80, 160], arms=longer, **shared)
-    do("water-joint", labels, objective, sizes=[10, 80], arms=["scratch", "full", "multi-fidelity"], **shared)
-    energies = tm.read(labels)  # a probe learns one number of a structure
-    for atoms in energies:
-        atoms.info["energy_per_atom"] = atoms.get_potential_energy() / len(atoms)
-    probed = shared | {"target": "1meV/atom", "base_objective": objective}
-    do(
-        "water-energies", energies, tm.Property("energy_per_atom"), unit={"energy_per_atom": "eV/atom"},
-        sizes=[5, 10, 20, 40, 80, 160], arms=["scratch", "probe", "full"], **probed,
-    )  # fmt: skip
+    joint = ["scratch", "probe", "full", "multi-fidelity"]
+    do("water-joint", labels, objective, sizes=[10, 80], arms=joint, **shared)
 
 
 def molecules(data: Path, do: Callable[..., Any]) -> None:
@@ -101,7 +96,8 @@ def oxides(data: Path, do: Callable[..., Any]) -> None:
             tm.Potential(forces=0.0), folder="oxides",
             base_data=[a for a in read[base] if a.info["material_id"] not in unseen],
             test=[a for a in read[target] if a.info["material_id"] in unseen], sizes=[10, 20, 40, 80, 160],
-            backbone=tm.PaiNN(32, 2), pretraining="1000steps", tuning="300steps", edges=3_000, target="30meV/atom",
+            arms=WITH_PROBE, backbone=tm.PaiNN(32, 2), pretraining="1000steps", tuning="300steps", edges=3_000,
+            target="30meV/atom", seeds=6,
         )  # fmt: skip
 
 
@@ -154,7 +150,7 @@ def elements(data: Path, do: Callable[..., Any]) -> None:
     do(
         "elements", data / "mad_pbesol_1000/all.extxyz.xz", tm.Potential(),
         base_data=[data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in SMALL],
-        base_sizes=[500, 1400, 4000], sizes=[20, 60, 180, 540], backbone=tm.TensorNet(32, 2),
+        base_sizes=[500, 1400, 4000], sizes=[20, 60, 180, 540], arms=WITH_PROBE, backbone=tm.TensorNet(32, 2),
         pretraining="240s", tuning="30s", edges=8_000,
     )  # fmt: skip
 
@@ -171,14 +167,15 @@ STUDIES = {
 
 
 def main() -> None:
-    args = arguments(__doc__, only="", seeds=3, workers=2)
+    args = arguments(__doc__, only="", seeds=0, workers=2)
 
     def do(name: str, structures: Any, objective: tm.Objective, folder: str | None = None, **given: Any) -> None:
         if args.only not in ("", name, name.split("-")[0]):
             return
         out = args.runs / "functional" / (folder or name)
         print(f"\n{name}", flush=True)
-        result = curve(structures, objective, out, workers=args.workers, **{"seeds": args.seeds, **given})
+        seeds = {"seeds": args.seeds} if args.seeds else {}
+        result = curve(structures, objective, out, workers=args.workers, **given | seeds)
         write_json(HERE / f"{name}.json", result)
         quantity = next(iter(result["units"]))
         figures = {name: drawn(result, quantity)}
