@@ -99,6 +99,13 @@ def test_what_cannot_be_tried_is_no_rung() -> None:
     assert names(GAP, align=False, backbone_lr=0.0) == ["zero-shot", "probe", "head"]
 
 
+def test_a_probe_that_has_too_few_labels_is_left() -> None:
+    options = {**QUICK, "split_by": "auto", "valid": alloys(12, seed=3), "steps": 1}
+    model = tm.finetune(potential(), alloys(2), tm.Potential(), strategy="auto", **options)
+    failed = {rung["name"]: rung["failed"] for rung in table_of(model)["rungs"]}
+    assert failed["probe"] == "nothing: too few labels"
+
+
 def test_the_folder_is_that_of_a_run(tmp_path: Path) -> None:
     climb(out=tmp_path / "run")
     model = tm.load(tmp_path / "run")

@@ -16,12 +16,10 @@ from .console import console, table
 from .data.load import count_edges, plan
 from .graph import Sample, is_isolated_atom, to_batch
 from .heads import (
-    AtomHead,
-    CompositionHead,
     EnergyHead,
     Head,
     LevelHead,
-    ScalarHead,
+    TensorHead,
     VectorHead,
     fit_references,
     fit_shifts,
@@ -67,7 +65,7 @@ def align_references(
                 if "residual" in shifts:
                     report.setdefault("residual", {})[of] = shifts.pop("residual")
                 report |= {key if of == "energy" else f"{key} of {of}": found for key, found in shifts.items()}
-        elif isinstance(kind, ScalarHead | CompositionHead | AtomHead) and not getattr(kind, "classes", 0):
+        elif hasattr(kind, "shift") and not isinstance(kind, TensorHead) and not getattr(kind, "classes", 0):
             for of, shifted, some in by_level(head, "shift", name, seen):
                 move = _shift_sums if getattr(kind, "pooling", "") == "sum" else _shift_all
                 for key, found in move(model, kind, shifted, name, own, some).items():

@@ -20,20 +20,26 @@ from .features import features, layers_of
 from .graph import AtomGraph, Sample, is_isolated_atom, to_batch
 from .heads import EnergyHead
 from .model import Gradient, Model, Strain, differentiable, per_volume
+from .nn import LAST_ELEMENT
 from .objectives import Potential
 
 MOST_DIRECTIONS = 128  # of the features: each is one backward pass over the structures
 MOST_ATOMS = 2_000  # whose forces are fitted, and their structures' stress: a hundred numbers need no more
 FOLDS = 10  # at most, each left out once
+LEAST = 3  # structures, or folds that have a quantity which is to choose the penalty
 PENALTIES = np.logspace(-7, 2, 19)  # relative to the mean square of what a direction does
-ANCHOR = 1e-4  # penalty of the references, which move with the correction
+ANCHOR = 1e-4  # penalty of moving references, relative likewise; refined until it leaves no trace
+STEP = 100.0  # eV: references of what is left out are known to that, which tells nothing and keeps digits
+FLOOR = 1e-3  # of the typical size of a label, below which smaller errors count no more
 UNITS = {"energy": "eV/atom", "forces": "eV/Å", "stress": "eV/Å^3"}
+LINEAR, NONE = "linear correction of the energy", "no correction of the energy"
 
 
 class EnergyProbeHead(EnergyHead):
     """An energy (eV) with a correction that is linear in the invariants of all layers of each atom.
 
-    Forces and stress are its derivatives, as those of any energy.
+    Forces and stress are its derivatives, as those of any energy. On average over the atoms of an element that it was
+    fitted to, the correction is zero.
 
     Args:
         width: of the backbone.
@@ -42,15 +48,17 @@ class EnergyProbeHead(EnergyHead):
 
     needs = frozenset({"layers"})
     correction: Tensor
+    center: Tensor
 
     def __init__(self, width: int, features: int):
         super().__init__(width)
         self.features = features
         self.register_buffer("correction", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("center", torch.zeros(LAST_ELEMENT + 1, dtype=torch.float64))
 
     def forward(self, features: Features, graph: AtomGraph) -> Tensor:
         assert features.layers is not None
-        added = _joined(features.layers) @ self.correction
+        added = _joined(features.layers) @ self.correction - self.center.index_select(0, graph.atomic_numbers)
         return super().forward(features, graph) + graph.sum_over_systems(added)
 
 
@@ -69,7 +77,7 @@ def probed_energy(
     What is left of energies, forces and stress is linear in sums over atoms of their features, along principal
     directions of these, in derivatives of such sums, and in reference energies: a ridge regression, weighted as the
     objective weights errors. Its penalty is the one with the smallest errors on what is left out, a tenth at a time,
-    materials whole; the base without a correction competes too.
+    materials whole, by the geometric mean over quantities; references without a correction compete too.
 
     Args:
         model: with the outputs of the objective; an energy that is not among the `kept` heads begins with references.
@@ -83,11 +91,12 @@ def probed_energy(
         The report of alignment from before to after, with what is said of the probe.
 
     Raises:
-        InputError: for fewer than three structures, or atoms that all look alike.
+        InputError: for fewer than three structures with a label, or atoms that all look alike.
     """
-    fitted = [s for s in samples if not is_isolated_atom(s.atoms)]
-    if len(fitted) < 3:
-        raise InputError(f"a probe needs at least three structures with labels, but there are {len(fitted)}")
+    names = [name for name, weight in objective.weights.items() if weight]
+    fitted = [s for s in samples if not is_isolated_atom(s.atoms) and any(_has(s, name) for name in names)]
+    if (most := max(sum(_has(s, name) for s in fitted) for name in names)) < LEAST:
+        raise InputError(f"a probe needs at least three structures with the same label, but there are {most}")
     before = _references(model).clone() if "energy" in kept else torch.zeros_like(_references(model))
     report = align_references(model, objective, samples, was, kept) if align and kept else {}
     after = _references(model).clone()
@@ -96,24 +105,32 @@ def probed_energy(
     probe.to(next(model.parameters()).device).eval()
 
     directions = _directions(probe, fitted, edges)
-    elements = np.unique(np.concatenate([s.atoms.numbers for s in fitted])) if align else np.zeros(0, int)
-    if align:  # or references would know the labels that are left out
-        head.references.copy_(before)
-    grams = _grams(probe, objective, fitted, directions, elements, edges, quiet)
+    elements = np.zeros(0, int)
+    if align or "energy" not in kept:  # references that were fitted to all labels would know those that are left out
+        elements = np.unique(np.concatenate([s.atoms.numbers for s in fitted]))
+        head.references.copy_(before + STEP * torch.round((after - before) / STEP))
+    known = _known(probe, objective, fitted, directions, elements, edges, quiet)
     head.references.copy_(after)
-    plain, best = _chosen(grams, directions.shape[1])
-    weights = _solved(grams, directions.shape[1], best.penalty)[: directions.shape[1]]
-    head.correction.copy_(torch.from_numpy(directions @ weights))
+    n = directions.vectors.shape[1]
+    plain, best = _chosen(known, n)
+    correction = directions.vectors @ _solved(_normal(known), n, best.penalty)[:n]
+    head.correction += torch.from_numpy(correction).to(head.correction.device)
+    head.center += torch.from_numpy(directions.centers @ correction).to(head.center.device)
     found: dict[str, Any] = {
-        "probe": "linear correction of the energy" if best is not plain else "no correction of the energy",
-        "features": directions.shape[1],
+        "probe": NONE if best is plain else LINEAR,
+        "features": n,
         "errors of what is left out": {
-            name: {"before": plain.errors[name], "after": best.errors[name], "unit": UNITS[name]} for name in grams
+            name: {"before": plain.errors[name], "after": best.errors[name], "unit": UNITS[name]}
+            for name in plain.errors
         },
     }
     if align:
         report = _both(report, align_references(probe, objective, samples, {}, ["energy"]))
     return probe, report | found
+
+
+def _has(sample: Sample, name: str) -> bool:
+    return bool(np.isfinite(sample.targets[name]).any())
 
 
 def _references(model: Model) -> Tensor:
@@ -150,16 +167,26 @@ def _joined(layers: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(layers.values()), dim=1).double()
 
 
-def _directions(model: Model, samples: Sequence[Sample], edges: int) -> np.ndarray:
-    """Principal directions of the features of atoms, (features, directions); the largest has a spread of one."""
+class Directions(NamedTuple):
+    """Principal directions of what features are beside their mean over the atoms of an element."""
+
+    vectors: np.ndarray  # (features, directions); the largest has a spread of one
+    centers: np.ndarray  # (elements + 1, features); of elements that no structure has, the mean of all atoms
+
+
+def _directions(model: Model, samples: Sequence[Sample], edges: int) -> Directions:
     atoms = [samples[i].atoms for i in _some(samples)]
+    numbers = np.concatenate([a.numbers for a in atoms])
     device = str(next(model.parameters()).device)
     x = features(model, atoms, per_atom=True, edges=edges, device=device, verbose=False).values
-    _, sizes, basis = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
-    n = min(int((sizes > 1e-6 * sizes[0]).sum()), MOST_DIRECTIONS) if sizes[0] > 1e-9 else 0
+    centers = np.tile(x.mean(axis=0), (LAST_ELEMENT + 1, 1))
+    for z in np.unique(numbers):
+        centers[z] = x[numbers == z].mean(axis=0)
+    _, sizes, basis = np.linalg.svd(x - centers[numbers], full_matrices=False)
+    n = min(int((sizes > 1e-6 * np.linalg.norm(x)).sum()), MOST_DIRECTIONS)
     if not n:
-        raise InputError("all atoms look the same to this model: there is nothing to probe")
-    return np.asarray(basis[:n].T / (sizes[0] / np.sqrt(len(x))))
+        raise InputError("all atoms of an element look the same to this model: there is nothing to probe")
+    return Directions(basis[:n].T / (sizes[0] / np.sqrt(len(x))), centers)
 
 
 def _some(samples: Sequence[Sample]) -> np.ndarray:
@@ -169,46 +196,61 @@ def _some(samples: Sequence[Sample]) -> np.ndarray:
     return np.sort(order[before < MOST_ATOMS])
 
 
-class Gram(NamedTuple):
-    """Sums over equations of products of what is known: (folds, n, n), labels in the last row and column."""
+class Equations(NamedTuple):
+    """What is known of a quantity, (n, directions + references + 1): what each unknown adds, and last what is left."""
 
-    sums: np.ndarray
-    counts: np.ndarray  # of equations, (folds,)
+    rows: np.ndarray
+    folds: np.ndarray  # the part with which each row is left out, (n,)
+    judged: np.ndarray  # whether the other parts can be asked about it, (n,)
     weight: float  # of an error in the units of the quantity
 
+    def normal(self, without: int | None) -> np.ndarray:
+        """Means of products, over all parts but one."""
+        kept = self.rows[self.folds != without]
+        return kept.T @ kept / max(len(kept), 1)
 
-def _grams(
+
+def _known(
     model: Model,
     objective: Potential,
     samples: Sequence[Sample],
-    directions: np.ndarray,
+    directions: Directions,
     elements: np.ndarray,
     edges: int,
     quiet: bool,
-) -> dict[str, Gram]:
+) -> dict[str, Equations]:
     """All that a fit needs, of each quantity: of energies of all structures, of derivatives of some."""
     structures = [s.atoms for s in samples]
     folds = _folds(structures)
-    n = directions.shape[1] + _unknown(elements) + 1
     weights = {name: weight for name, weight in objective.weights.items() if weight}
-    grams = {
-        name: Gram(np.zeros((folds.max() + 1, n, n)), np.zeros(folds.max() + 1), weights[name]) for name in weights
-    }
-    along = torch.from_numpy(directions).to(next(model.parameters()).device)
-    some = _some(samples)
-    others = np.setdiff1d(np.arange(len(samples)), some if "energy" in weights else np.arange(len(samples)))
+    energetic = np.array(["energy" in weights and _has(s, "energy") for s in samples])
+    sloped = np.flatnonzero([any(_has(s, name) for name in weights if name != "energy") for s in samples])
+    some = sloped[_some([samples[int(i)] for i in sloped])] if len(sloped) else sloped
+    others = np.setdiff1d(np.flatnonzero(energetic), some)
+    elsewhere = _elements_elsewhere(structures, folds, energetic)
     work = [
         (indices[members], names)
         for indices, names in ((some, list(weights)), (others, ["energy"]))
-        for members in (parts(model, [structures[i] for i in indices], edges) if len(indices) else ())
+        for members in (parts(model, [structures[int(i)] for i in indices], edges) if len(indices) else ())
     ]
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in weights}
     for members, names in track(work, "probe", quiet=quiet):
-        for name, rows in _equations(model, [samples[i] for i in members], names, along, elements).items():
+        for name, rows in _equations(model, [samples[i] for i in members], names, directions, elements).items():
             for i, own in zip(members, rows, strict=True):
                 known = own[np.isfinite(own).all(axis=1)]
-                grams[name].sums[folds[i]] += known.T @ known
-                grams[name].counts[folds[i]] += len(known)
-    return {name: gram for name, gram in grams.items() if gram.counts.any()}
+                numbers = structures[i].numbers.tolist()
+                judged = name != "energy" or not len(elements) or elsewhere[folds[i]].issuperset(numbers)
+                found[name].append((known, np.full(len(known), folds[i]), np.full(len(known), judged)))
+    joined = {name: [np.concatenate(each) for each in zip(*own, strict=True)] for name, own in found.items() if own}
+    return {name: Equations(own[0], own[1], own[2], weights[name]) for name, own in joined.items() if len(own[0])}
+
+
+def _elements_elsewhere(structures: Sequence[ase.Atoms], folds: np.ndarray, energetic: np.ndarray) -> list[set[int]]:
+    """Of each fold, the elements of energies in the others: without these, references could only be guessed."""
+    own: list[set[int]] = [set() for _ in range(folds.max() + 1)]
+    for i in np.flatnonzero(energetic).tolist():
+        own[folds[i]].update(structures[i].numbers.tolist())
+    return [set().union(*(other for j, other in enumerate(own) if j != k)) for k in range(len(own))]
 
 
 def _unknown(elements: np.ndarray) -> int:
@@ -226,7 +268,7 @@ def _folds(structures: Sequence[ase.Atoms]) -> np.ndarray:
 
 
 def _equations(
-    model: Model, samples: Sequence[Sample], names: Sequence[str], directions: Tensor, elements: np.ndarray
+    model: Model, samples: Sequence[Sample], names: Sequence[str], directions: Directions, elements: np.ndarray
 ) -> dict[str, list[np.ndarray]]:
     """Of each quantity and structure: rows of what a correction along each direction, and each reference, would add,
     and last of what is left of the label."""
@@ -239,7 +281,8 @@ def _equations(
         graph, leaves = differentiable(batch.graph, {Gradient, Strain} if "stress" in slopes else {Gradient})
         layers = model.features(graph, ("layers",)).layers
         assert layers is not None
-        along = _joined(layers) @ directions  # (n_atoms, directions)
+        center = torch.from_numpy(directions.centers).to(weight.device).index_select(0, graph.atomic_numbers)
+        along = (_joined(layers) - center) @ torch.from_numpy(directions.vectors).to(weight.device)
         pushes = [
             torch.autograd.grad(whole, list(leaves.values()), retain_graph=True, materialize_grads=True)
             for whole in (along.sum(dim=0) if slopes else ())
@@ -271,35 +314,42 @@ def _rows(slopes: Tensor, left: Tensor, sizes: Sequence[int], unknown: int) -> l
 
 
 class Fit(NamedTuple):
-    """Settings of a fit, and its root-mean-square errors on what was left out."""
+    """The penalty of a fit, and its mean absolute errors on what was left out."""
 
     penalty: float  # infinite for no correction
     errors: dict[str, float]
 
-    @property
-    def error(self) -> float:
-        """Geometric mean over quantities, which have no unit in common."""
-        return float(np.exp(np.mean(np.log([max(error, 1e-300) for error in self.errors.values()]))))
 
+def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
+    """References alone, and the fit with the smallest errors on what is left out, which may be the same.
 
-def _chosen(grams: Mapping[str, Gram], n: int) -> tuple[Fit, Fit]:
-    """References alone, and the fit with the smallest errors on what is left out, which may be the same."""
-    folds = np.flatnonzero(sum(gram.counts for gram in grams.values()))
+    Quantities count by the geometric mean, as they have no unit in common; none where hardly anything was left out.
+    """
+    folds = np.unique(np.concatenate([own.folds for own in known.values()]))
+    judged = {name: own.folds[own.judged] for name, own in known.items() if own.judged.any()}
+    voting = [name for name, parts in judged.items() if len(np.unique(parts)) >= min(LEAST, len(folds))]
+    normal = {int(k): _normal(known, int(k)) for k in folds}
 
     def tried(penalty: float) -> Fit:
-        return Fit(penalty, _errors(grams, [_solved(grams, n, penalty, int(k)) for k in folds], folds))
+        weights = {k: _solved(each, n, penalty) for k, each in normal.items()}
+        return Fit(penalty, {name: _error(known[name], weights) for name in judged})
+
+    def mean(fit: Fit) -> float:
+        return float(np.mean([np.log(max(fit.errors[name], FLOOR / known[name].weight)) for name in voting]))
 
     plain = tried(np.inf)
-    return plain, min([plain, *map(tried, PENALTIES)], key=lambda fit: fit.error)
+    return plain, min([plain, *map(tried, PENALTIES)], key=mean) if voting else plain
 
 
-def _solved(grams: Mapping[str, Gram], n: int, penalty: float, without: int | None = None) -> np.ndarray:
-    """Weights of directions and references, from all folds but one."""
-    normal = np.zeros(next(iter(grams.values())).sums.shape[1:])
-    for gram in grams.values():
-        kept = np.arange(len(gram.counts)) != without
-        if count := gram.counts[kept].sum():
-            normal += gram.weight**2 / count * gram.sums[kept].sum(axis=0)
+def _normal(known: Mapping[str, Equations], without: int | None = None) -> np.ndarray:
+    """Products of all equations, weighted, from all folds but one."""
+    return np.asarray(sum(own.weight**2 * own.normal(without) for own in known.values()))
+
+
+def _solved(normal: np.ndarray, n: int, penalty: float) -> np.ndarray:
+    """Weights of directions and references."""
+    from scipy.linalg import lu_factor, lu_solve  # it takes a while to import
+
     a, b = normal[:-1, :-1], normal[:-1, -1]
     size = np.diag(a)
     ridge = np.full(len(a), penalty * size[:n].mean())
@@ -307,18 +357,20 @@ def _solved(grams: Mapping[str, Gram], n: int, penalty: float, without: int | No
         ridge[n:-1] = ANCHOR * (size[n:-1].mean() or 1.0)
         ridge[-1] = 1e-9 * (size[-1] or 1.0)
     free = slice(n if np.isinf(penalty) else 0, None)
+    moved = np.where(np.arange(len(a)) < n, 0.0, ridge)  # what is refined, so that the ridge leaves no trace
     weights = np.zeros(len(a))
-    weights[free] = np.linalg.solve(a[free, free] + np.diag(ridge[free]), b[free])
+    if len(a[free]):
+        factors = lu_factor(a[free, free] + np.diag(ridge[free]))
+        for _ in range(4 if len(a) > n else 1):
+            weights[free] = lu_solve(factors, (b + moved * weights)[free])
     return weights
 
 
-def _errors(grams: Mapping[str, Gram], weights: Sequence[np.ndarray], folds: np.ndarray) -> dict[str, float]:
-    """Root-mean-square error of each quantity, each fold by the weights that were found without it."""
-    found = {}
-    for name, gram in grams.items():
-        squares = 0.0
-        for w, k in zip(weights, folds, strict=True):
-            both = np.append(-w, 1.0)
-            squares += both @ gram.sums[k] @ both
-        found[name] = float(np.sqrt(max(squares, 0.0) / gram.counts.sum()))
-    return found
+def _error(known: Equations, weights: Mapping[int, np.ndarray]) -> float:
+    """Mean absolute error, each fold by the weights that were found without it."""
+    errors = [
+        np.abs(own[:, -1] - own[:, :-1] @ found)
+        for k, found in weights.items()
+        for own in [known.rows[known.judged & (known.folds == k)]]
+    ]
+    return float(np.concatenate(errors).mean())

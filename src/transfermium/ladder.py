@@ -31,6 +31,7 @@ LEAST = 10  # structures, of training and validation together: fewer cannot choo
 FAILURES = {
     "not finite": "nothing: training diverged",
     "nothing to probe": "nothing: all features are alike",
+    "a probe needs at least three": "nothing: too few labels",
     "no linear layer": "nothing: no layer to update",
 }
 OWN = ("config.json", "model.safetensors", "state.safetensors", "rung.json", "report.html", "report.json")

@@ -105,8 +105,8 @@ def told_of_probe(report: Mapping[str, Any]) -> str:
     """What was fitted and how well, in one sentence."""
     if "errors of what is left out" in report:  # an energy
         errors = ", ".join(_told_of_errors(*each) for each in report["errors of what is left out"].items())
-        along = f"{report['features']} directions of the features of the frozen backbone"
-        return f"{report['probe']}, along {along} (RMSE of what is left out, without it and with it: {errors})"
+        along = f"along {report['features']} directions of the features of the frozen backbone"
+        return f"{report['probe']}, {along} (mean errors of what is left out, before and after: {errors})"
     errors = ", ".join(f"{name} {error:.4g}" for name, error in report["leave-one-out errors"].items())
     one = f"one of {report['materials']} materials" if "materials" in report else "one structure"
     return f"{report['probe']} on {report['features']} features of the frozen backbone (errors without {one}: {errors})"
@@ -114,7 +114,7 @@ def told_of_probe(report: Mapping[str, Any]) -> str:
 
 def _told_of_errors(name: str, found: Mapping[str, Any]) -> str:
     unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
-    return f"{name} {factor * found['before']:.4g} and {factor * found['after']:.4g} {unit}"
+    return f"{name} {factor * found['before']:.4g} to {factor * found['after']:.4g} {unit}"
 
 
 def summary(layers: Mapping[str, Tensor], graph: AtomGraph) -> Tensor:

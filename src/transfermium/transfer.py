@@ -18,16 +18,16 @@ from .card import theory, theory_of
 from .console import console
 from .data.read import Source, read
 from .dataset import TrainingData
-from .energy_probe import probed_energy
+from .energy_probe import EnergyProbeHead, probed_energy
 from .errors import InputError
 from .graph import Sample
-from .heads import LevelHead
+from .heads import EnergyHead, Head, LevelHead, is_extensive
 from .ladder import climbed, rungs
 from .lora import RANK, adapt
-from .model import Model, described, load
+from .model import Model, Output, described, load
 from .objectives import Objective, Potential, Property
 from .objectives.base import told
-from .probe import probed, probes, told_of_probe
+from .probe import ProbeHead, probed, probes, told_of_probe
 from .replay import Ledger, beside, check_ledger, chosen_replay
 from .run import fingerprint, leaving_nothing
 from .stage import claimed, configured, lasting, rehearsed, trained
@@ -183,12 +183,13 @@ def finetune(
         base: a model or its file.
         part: which part of a base that learned several objectives, each with its own energy.
         strategy: "full" trains everything; "head" the heads alone (`backbone_lr=0`); "probe" fits a ridge regression or
-            a Gaussian process to what the frozen backbone sees, in seconds (`transfermium.probe`); "aligned" only fits
-            references, and "zero-shot" does nothing but report errors. "lora" trains heads, and low-rank updates of the
-            matrices of the backbone that are merged in the end (`transfermium.lora`); "replay" goes on learning the
-            base's task beside the new one (`transfermium.replay`). "auto" tries zero-shot, aligned, probe, head, lora
-            and full, each with the same options and as long as they say, and takes what is best on the validation
-            structures (`transfermium.ladder`).
+            a Gaussian process to what the frozen backbone sees (`transfermium.probe`), or a linear correction of an
+            energy (`transfermium.energy_probe`), in seconds; "aligned" only fits references, and "zero-shot" does
+            nothing but report errors. "lora" trains heads, and low-rank updates of the matrices of the backbone that
+            are merged in the end (`transfermium.lora`); "replay" goes on learning the base's task beside the new one
+            (`transfermium.replay`). "auto" tries zero-shot, aligned, probe, head, lora and full, each with the same
+            options and as long as they say, and takes what is best on the validation structures
+            (`transfermium.ladder`).
         rank: of the updates of "lora"; 8 by default.
         replay: structures with labels of the base's task; or "generated" for rattled and strained copies of
             `structures`, which the base labels before training.
@@ -252,7 +253,9 @@ def finetune(
 
     samples = data.samples(objective)
     settled = distributed.from_first(lambda: objective.settled(samples))
-    model, kept = _transferred(base, settled, samples, settings.seed)
+    model, kept = _transferred(base, settled, samples, settings.seed, settings.steps == 0)
+    for name in _left_behind(base, model, kept) if verbose and strategy != "probe" else ():
+        console.print(f"[yellow]The base has a probe for '{name}', which cannot be trained: it begins anew[/yellow]")
     model.to(chosen_device(settings.device))
     report: dict[str, Any] = {"kept heads": kept}
     was = base.card.get("quantities", {})
@@ -361,12 +364,19 @@ def _adapted(model: Model, base: Model, rank: int, seed: int, verbose: bool) -> 
     return found
 
 
-def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], seed: int) -> tuple[Model, list[str]]:
-    """A copy of the base with the objective's outputs, and the names of the heads that both have."""
+def _transferred(
+    base: Model, objective: Objective, samples: Sequence[Sample], seed: int, idle: bool
+) -> tuple[Model, list[str]]:
+    """A copy of the base with the objective's outputs, and the names of the heads that both have.
+
+    Probes go on as heads: those of energies, as what is trained beside them can be; others where the model is `idle`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = told(base.backbone, objective)
-        model = Model(backbone, objective.outputs(backbone.width))
+        outputs = objective.outputs(backbone.width)
+        outputs |= _probes_of(base, outputs, idle)
+        model = Model(backbone, outputs)
     model.to(dtype=next(base.parameters()).dtype)
 
     kept = [name for name, head in model.heads.items() if name in base.heads and _goes_on(head, base.heads[name])]
@@ -381,6 +391,24 @@ def _transferred(base: Model, objective: Objective, samples: Sequence[Sample], s
         elif isinstance(head, LevelHead):
             head.start_from(base.heads[name])  # type: ignore[arg-type]
     return model, kept
+
+
+def _probes_of(base: Model, outputs: Mapping[str, Output], idle: bool) -> dict[str, Head]:
+    """New heads like the probes of a base, in place of these outputs."""
+    found: dict[str, Head] = {}
+    for name, old in base.outputs.items():
+        new = outputs.get(name)
+        if isinstance(old, EnergyProbeHead) and type(new) is EnergyHead:
+            found[name] = EnergyProbeHead(old.width, old.features)
+        elif isinstance(old, ProbeHead) and isinstance(new, Head) and idle and is_extensive(new) == is_extensive(old):
+            found[name] = ProbeHead(old.features, old.support, old.kind)
+    return found
+
+
+def _left_behind(base: Model, model: Model, kept: Sequence[str]) -> list[str]:
+    """Outputs for which the base has a probe, but the model has not."""
+    probes = [name for name, head in base.heads.items() if isinstance(head, ProbeHead | EnergyProbeHead)]
+    return [name for name in probes if name in model.heads and name not in kept]
 
 
 def _goes_on(head: nn.Module, base: nn.Module) -> bool:

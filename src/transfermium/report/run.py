@@ -65,14 +65,14 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
     )
     page.verdict(_result(errors, stage))
     page.text(_story(model, stage, learned))
-    if any(row.get("valid") is not None for row in metrics) and _best_step(metrics) == 0:
+    if stage["steps"] and any(row.get("valid") is not None for row in metrics) and _best_step(metrics) == 0:
         start = "aligned base" if stage["verb"] == "finetune" else "untrained start"
         page.text(
             f"No step had a lower validation loss than the {start}, which is therefore what the model file holds: "
             "train for longer, lower the learning rate, or give more labels."
         )
 
-    _show_errors(page, errors, points)
+    _show_errors(page, errors, points, stage)
     if viewer and validation:
         _show_structures(page, out, validation.get("structures"), names)
     _show_training(page, metrics)
@@ -141,7 +141,7 @@ def _story(model: Model, stage: Content, learned: str) -> str:
     return f"A {name} with {size}, trained before by {before}, was fine-tuned on {trained}.{theory}"
 
 
-def _show_errors(page: Page, errors: Content, points: Content) -> None:
+def _show_errors(page: Page, errors: Content, points: Content, stage: Content) -> None:
     page.heading("Errors")
     if not errors:
         page.text(
@@ -151,6 +151,8 @@ def _show_errors(page: Page, errors: Content, points: Content) -> None:
     notes = [
         "The validation structures chose the checkpoint, so an error on new structures is likely somewhat larger: "
         "measure it with “transfermium evaluate” on structures that no stage has seen."
+        if stage["steps"]
+        else "The validation structures had no part in the model, as no step was done."
     ]
     poor = [name for name, found in errors.items() if found.get("r2", 0.0) < 0]
     if poor:
@@ -228,7 +230,8 @@ def _show_training(page: Page, metrics: Sequence[Content]) -> None:
 def _show_data(page: Page, labels: Labels, split: Split, card: Content, stage: Content) -> None:
     page.heading("Data")
     sizes = _sizes(split, stage)
-    parts = f"{sizes['train']:,} structures trained the model and {sizes['valid']:,} chose the checkpoint"
+    ways = ("trained the model", "chose the checkpoint") if stage["steps"] else ("were fitted", "validated it")
+    parts = f"{sizes['train']:,} structures {ways[0]} and {sizes['valid']:,} {ways[1]}"
     test = f"; {sizes['test']:,} more are set apart for a test" if sizes["test"] else ""
     page.text(f"{parts}{test}. Split: {split.reason or split.by}. Its indices are in split.json beside this page.")
     if labels.entries:
@@ -248,7 +251,7 @@ def _show_alignment(page: Page, report: Content) -> None:
     page.heading("Alignment with the base")
     kept = report.get("kept heads", [])
     if "probe" in report:
-        page.text(f"Nothing was trained. {told_of_probe(report)}.")
+        page.text(f"Nothing was trained. {_sentence(told_of_probe(report))}")
         if "residual" not in report:
             return
     page.text(f"Heads kept from the base: {_listed(kept)}." if kept else "No head was kept: all outputs are new.")
