@@ -75,7 +75,8 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
     _show_errors(page, errors, points, stage)
     if viewer and validation:
         _show_structures(page, out, validation.get("structures"), names)
-    _show_training(page, metrics)
+    if stage["steps"]:
+        _show_training(page, metrics)
     _show_data(page, labels, split, card, stage)
     if stage["verb"] == "finetune":
         _show_alignment(page, stage["alignment"])
@@ -230,7 +231,7 @@ def _show_training(page: Page, metrics: Sequence[Content]) -> None:
 def _show_data(page: Page, labels: Labels, split: Split, card: Content, stage: Content) -> None:
     page.heading("Data")
     sizes = _sizes(split, stage)
-    ways = ("trained the model", "chose the checkpoint") if stage["steps"] else ("were fitted", "validated it")
+    ways = ("trained the model", "chose the checkpoint") if stage["steps"] else ("were fitted", "validated the fit")
     parts = f"{sizes['train']:,} structures {ways[0]} and {sizes['valid']:,} {ways[1]}"
     test = f"; {sizes['test']:,} more are set apart for a test" if sizes["test"] else ""
     page.text(f"{parts}{test}. Split: {split.reason or split.by}. Its indices are in split.json beside this page.")
