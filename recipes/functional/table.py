@@ -31,9 +31,8 @@ def main() -> None:
                 row = [_said(pairs.get((base, target), {}), quantity, arm) for base in FUNCTIONALS]
                 print(f"| {target} | {arm} |", *(f"{cell} |" for cell in row))
         for (base, target), study in pairs.items():
-            for arm in ARMS[:2]:
-                if found := study["ratios"][quantity].get(arm):
-                    panels.setdefault(f"{spoken}, {arm}", []).append((f"{base} to {target}", *found))
+            row = (f"{base} to {target}", *study["ratios"][quantity]["full"])
+            panels.setdefault(f"{spoken}, full", []).append(row)
     figure = forest(panels)
     figure.savefig(HERE / "oxides.svg", bbox_inches="tight", metadata={"Date": None})
 
