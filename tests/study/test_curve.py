@@ -679,7 +679,6 @@ def test_structures_are_beside_the_parity_plot(study):
         ({"margin": 0}, "margin is 0, but must be above zero"),
         ({"test": [*alloys(5, seed=9), *without(alloys(1, seed=10), "stress")], "target": "1GPa"}, "target error"),
         ({"split_key": "nothing"}, "nothing"),
-        ({"arms": ["probe"]}, "'probe' learns one number per structure, not Potential"),
         ({"arms": ["multi-fidelity"], "base_objective": tm.Denoise(0.1)}, "other outputs"),
         ({"test": alloys(1, seed=11)}, "one test structure gives no interval"),
         ({"base_label": {"energy": "E_pbe"}}, "to pre-train on: .*E_pbe"),
@@ -704,6 +703,16 @@ def test_structures_are_beside_the_parity_plot(study):
 def test_what_makes_no_curve(tmp_path, changes, said):
     with pytest.raises(InputError, match=said):
         small(tmp_path, **changes)
+
+
+def test_an_arm_that_cannot_learn_the_objective_is_refused(tmp_path):
+    with pytest.raises(InputError, match="'probe' learns one number per structure, or an energy with its derivatives"):
+        curve(alloys(24, seed=3), tm.Potential(conservative=False), tmp_path, **SMALL, arms=["probe"])
+
+
+def test_a_potential_may_be_probed(tmp_path):
+    result = small(tmp_path, arms=["probe"], sizes=[10], seeds=2)
+    assert {row["quantity"] for row in result["errors"] if row["arm"] == "probe"} >= {"energy_per_atom", "forces"}
 
 
 def test_sizes_are_doubled_from_ten_on_where_that_makes_four():
