@@ -81,7 +81,7 @@ class TrainingData:
             console.print(f"Held out: {summary(found, len(everything))}{'; they are left out' if found else ''}")
         if valid is not None:
             try:
-                others, others_labelled, labels_of_valid = _labelled(valid, objective, label, unit, level)
+                others, others_labelled, labels_of_valid = _labelled(valid, objective, label, unit, level, some=True)
             except InputError as error:
                 raise InputError(f"validation structures: {error}") from None
             kept = np.setdiff1d(np.arange(len(others)), isolated_atoms(others))
@@ -254,10 +254,11 @@ def _labelled(
     label: Mapping[str, str] | None,
     unit: Mapping[str, str] | None,
     level: str | None = None,
+    some: bool = False,
 ) -> tuple[Sequence[ase.Atoms], Sequence[ase.Atoms], Labels]:
     """Structures as they were read, the same with labels at their canonical places, and those labels.
 
-    Of several parts, labels are called PART.QUANTITY.
+    Of several parts, labels are called PART.QUANTITY; all must be there, unless `some` are enough.
     """
     if not isinstance(structures, Mapping):
         everything = _at(level, _some(read(structures)))
@@ -276,7 +277,7 @@ def _labelled(
                 f"'{name}' is not a part of this objective, which has {', '.join(objective.parts)}; labels and "
                 f"units of a part are named {next(iter(objective.parts))}.LABEL=..."
             )
-    if lacking := [name for name in objective.parts if name not in structures]:
+    if not some and (lacking := [name for name in objective.parts if name not in structures]):
         raise InputError(f"the part '{lacking[0]}' has no structures: give them as {lacking[0]}=FILE, or leave it out")
     parts, labelled, entries = [], [], []
     for name, source in structures.items():

@@ -710,9 +710,10 @@ def test_an_arm_that_cannot_learn_the_objective_is_refused(tmp_path):
         curve(alloys(24, seed=3), tm.Potential(conservative=False), tmp_path, **SMALL, arms=["probe"])
 
 
-def test_a_potential_may_be_probed(tmp_path):
-    result = small(tmp_path, arms=["probe"], sizes=[10], seeds=2)
-    assert {row["quantity"] for row in result["errors"] if row["arm"] == "probe"} >= {"energy_per_atom", "forces"}
+@pytest.mark.parametrize("arm", ["probe", "multi-fidelity"])
+def test_a_potential_may_be_probed_and_learned_jointly_with_labels_that_validate(tmp_path, arm):
+    result = small(tmp_path, arms=[arm], sizes=[10], seeds=2)
+    assert {row["quantity"] for row in result["errors"] if row["arm"] == arm} >= {"energy_per_atom", "forces"}
 
 
 def test_sizes_are_doubled_from_ten_on_where_that_makes_four():
