@@ -152,6 +152,16 @@ class TestSummary:
             assert words in told
             assert "Pre-training" not in told
 
+    def test_a_better_difference_is_told_and_a_worse_one_is_not(self):
+        usual = points("scratch", scratch, SIZES) + points("full", worth_four, SIZES)
+        better = points("delta", lambda n: worth_four(n) / 3, SIZES)
+        told = summary(Curves(usual + better), chosen=("full", None), labels=160)["verdict"]
+        assert "Where the cheap value of each new structure is known" in told
+        assert "errors with delta are 0.33" in told
+        for worse in (worth_four, scratch):
+            told = summary(Curves(usual + points("delta", worse, SIZES)), chosen=("full", None), labels=160)["verdict"]
+            assert "delta" not in told
+
     def test_what_was_learned_is_judged(self):
         assert Curves(energies_and_forces()).quantities[0] == "forces"
         assert Curves(energies_and_forces(), learned=["energy"]).quantities == ["energy_per_atom", "forces"]

@@ -24,7 +24,7 @@ from ..train import parse_time
 from .bakeoff_page import finite
 from .bounds import both, bound_of
 from .cells import cores
-from .curve_laws import MARGIN, Arm, Curves, Goal, goal_of, name_of, summary
+from .curve_laws import FROM_SCRATCH, MARGIN, Arm, Curves, Goal, goal_of, name_of, summary
 from .curve_page import SPOKEN, has_baselines, page, rows, shown
 from .curve_study import Study
 from .intervals import compare
@@ -222,11 +222,10 @@ def _at_one_size(curves: Curves, arm: Arm, goal: Goal | None) -> str:
     """How errors compare where there is one size, which makes no curve."""
     quantity = curves.quantities[0] if goal is None else goal.quantity
     sizes = {point["n_train"] for point in curves.points}
-    scratch: Arm = (SCRATCH, None)
-    seeds = [seed for seed in curves.seeds(arm) if seed in curves.seeds(scratch)]
+    seeds = [seed for seed in curves.seeds(arm) if seed in curves.seeds(FROM_SCRATCH)]
     if len(sizes) > 1 or not seeds:
         return ""
-    found = compare(*(curves.errors(case, quantity, seeds)[:, 0] for case in (arm, scratch)), groups=curves.groups)
+    found = compare(*(curves.errors(case, quantity, seeds)[:, 0] for case in (arm, FROM_SCRATCH)), groups=curves.groups)
     more = len(seeds) > 1
     said = f"{short(found.seeds.low)} to {short(found.seeds.high)} with other seeds, " if more else ""
     said += f"{short(found.materials.low)} to {short(found.materials.high)} on other test materials"

@@ -18,6 +18,8 @@ from .savings import answer, factors, ratio, saved, scarce, slopes, verdict
 
 Point = Mapping[str, Any]  # what a cell says of one point
 Arm = tuple[str, int | None]  # its name, and the number of structures of its base
+FROM_SCRATCH: Arm = (SCRATCH, None)
+AS_LONG: Arm = (LONG, None)  # from scratch for the time of both stages
 MARGIN = 0.1  # of exponents: slopes that differ by less are said to be equal
 SEVERAL = 3  # runs that are still named one by one
 DOES = {DELTA: "Learning the difference", TOGETHER: "Learning both levels together"}  # others are pre-trained
@@ -115,21 +117,19 @@ class Curves:
     def laws(self, arm: Arm, quantity: str) -> list[Fit]:
         return fits(self.sizes(arm), self.errors(arm, quantity), groups=self.groups)
 
-    def pair(self, arm: Arm, quantity: str, form: str | None = None, against: str = SCRATCH) -> tuple[Fit, Fit]:
-        """The arm and scratch, at the seeds of both."""
-        scratch: Arm = (against, None)
-        both = tuple(seed for seed in self.seeds(arm) if seed in self.seeds(scratch))
-        return self.fit(arm, quantity, both, form), self.fit(scratch, quantity, both, form)
+    def pair(self, arm: Arm, quantity: str, form: str | None = None, against: Arm = FROM_SCRATCH) -> tuple[Fit, Fit]:
+        """The arm and scratch, or another one, at the seeds of both."""
+        both = tuple(seed for seed in self.seeds(arm) if seed in self.seeds(against))
+        return self.fit(arm, quantity, both, form), self.fit(against, quantity, both, form)
 
     def has_curve(self, arm: Arm) -> bool:
         return len(self.sizes(arm)) > 1 and bool(self.seeds(arm))
 
-    def comparable(self, arm: Arm, against: str = SCRATCH) -> bool:
-        """Whether arm and scratch have curves with seeds and sizes in common; some of their runs may have diverged."""
-        scratch: Arm = (against, None)
-        seeds = set(self.seeds(arm)) & set(self.seeds(scratch))
-        sizes = set(self.sizes(arm)) & set(self.sizes(scratch))
-        return bool(seeds and sizes) and self.has_curve(arm) and self.has_curve(scratch)
+    def comparable(self, arm: Arm, against: Arm = FROM_SCRATCH) -> bool:
+        """Whether both have curves with seeds and sizes in common; some of their runs may have diverged."""
+        seeds = set(self.seeds(arm)) & set(self.seeds(against))
+        sizes = set(self.sizes(arm)) & set(self.sizes(against))
+        return bool(seeds and sizes) and self.has_curve(arm) and self.has_curve(against)
 
     def diverged(self, *arms: Arm) -> list[tuple[str, int, int]]:
         """Runs without errors, as arm, size and seed; of these arms, or of all."""
@@ -164,13 +164,13 @@ def summary(
         result["factors"][quantity] = {name_of(arm): _factors(curves, arm, quantity, cost) for arm in others}
         result["ratios"][quantity] = {name_of(arm): list(ratio(*curves.pair(arm, quantity))) for arm in others}
         result["scarce"][quantity] = {name_of(arm): scarce(*curves.pair(arm, quantity)) for arm in others}
-    if longer := [arm for arm in others if arm[0] not in DIRECT and curves.comparable(arm, LONG)]:
+    if longer := [arm for arm in others if arm[0] not in DIRECT and curves.comparable(arm, AS_LONG)]:
         result["equal compute"] = {
             quantity: {
                 name_of(arm): {
-                    "ratio": list(ratio(*curves.pair(arm, quantity, against=LONG))),
-                    "factors": _factors(curves, arm, quantity, cost, LONG),
-                    "scarce": scarce(*curves.pair(arm, quantity, against=LONG)),
+                    "ratio": list(ratio(*curves.pair(arm, quantity, against=AS_LONG))),
+                    "factors": _factors(curves, arm, quantity, cost, AS_LONG),
+                    "scarce": scarce(*curves.pair(arm, quantity, against=AS_LONG)),
                 }
                 for arm in longer
             }
@@ -184,11 +184,13 @@ def summary(
     if grown := pretraining_sizes(curves, margin):
         result["pre-training sizes"] = grown
     result["verdict"] = _verdict(curves, chosen, goal, cost, labels)
+    if chosen is not None:
+        result["verdict"] += _difference(curves, chosen, curves.quantities[0] if goal is None else goal.quantity)
     return result
 
 
 def _factors(
-    curves: Curves, arm: Arm, quantity: str, cost: float | None, against: str = SCRATCH
+    curves: Curves, arm: Arm, quantity: str, cost: float | None, against: Arm = FROM_SCRATCH
 ) -> list[dict[str, Any]]:
     transfer, scratch = curves.pair(arm, quantity, against=against)
     rows = []
@@ -214,8 +216,8 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
     what = DOES.get(chosen[0], "Pre-training")
     found = verdict(transfer, scratch, target=target, unit=unit, cost=cost, what=what)
     said = f"{_spoken(quantity)}, {name_of(chosen)}: {found}{_lost(curves, chosen, len(transfer.logs))}"
-    if chosen[0] not in DIRECT and curves.comparable(chosen, LONG):
-        fair = verdict(*curves.pair(chosen, quantity, against=LONG), cost=cost, what=what, against=LONG)
+    if chosen[0] not in DIRECT and curves.comparable(chosen, AS_LONG):
+        fair = verdict(*curves.pair(chosen, quantity, against=AS_LONG), cost=cost, what=what, against=LONG)
         said += f" Against scratch for as long as both stages: {fair[0].lower()}{fair[1:]}"
     if goal is None:
         return said
@@ -228,9 +230,23 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
     return " ".join([said, *(f"{side}: {text[0].lower()}{text[1:]}" for side, text in told.items())])
 
 
+def _difference(curves: Curves, chosen: Arm, quantity: str) -> str:
+    """A sentence where a difference from a cheap value is learned clearly better than the value itself."""
+    delta: Arm = (DELTA, None)
+    if chosen == delta or not curves.comparable(delta, chosen):
+        return ""
+    found = ratio(*curves.pair(delta, quantity, against=chosen))
+    if not found.high < 1:
+        return ""
+    return (
+        " Where the cheap value of each new structure is known, learn the difference from it: errors with delta are "
+        f"{short(found.value)} times those with {name_of(chosen)} ({short(found.low)} to {short(found.high)})."
+    )
+
+
 def _lost(curves: Curves, chosen: Arm, n_seeds: int) -> str:
     """A sentence on runs that diverged, where there are some."""
-    arms: tuple[Arm, ...] = (chosen, (SCRATCH, None))
+    arms = (chosen, FROM_SCRATCH)
     lost = curves.diverged(*arms)
     if not lost:
         return ""
