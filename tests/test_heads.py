@@ -11,7 +11,8 @@ import transfermium as tm
 from transfermium.backbones.base import Features
 from transfermium.errors import InputError
 from transfermium.graph import AtomGraph, Cutoff, Sample, to_graph
-from transfermium.heads import Head, LevelHead, fit_references, isolated_energies, pooled, rms, values
+from transfermium.heads import Head, LevelHead, isolated_energies, pooled, rms, values
+from transfermium.references import fit_references
 
 KNOWN = {1: -13.7, 6: -147.2, 8: -431.9}
 
@@ -78,6 +79,22 @@ def test_large_energies_are_explained_as_well_as_small_ones() -> None:
     small, large = (fit_references(numbers, totals(numbers) * scale + noise) for scale in (0.0, 1000.0))
     for z, e in KNOWN.items():
         assert large[z] - small[z] == pytest.approx(1000 * e, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [20, 40, 60, 80, 200])
+def test_as_many_labels_as_elements_do_not_make_references_worse_than_none(n: int) -> None:
+    random = np.random.default_rng(n)
+    numbers = [random.choice(np.arange(1, 61), 4, replace=False) for _ in range(n + 400)]
+    own = random.normal(size=61)
+    energies = np.array([own[z].sum() + 0.5 * len(z) * random.normal() for z in numbers])
+    references = fit_references(numbers[:n], energies[:n])
+
+    def missed(per_element: np.ndarray) -> float:
+        return float(np.abs([e - per_element[z].sum() for z, e in zip(numbers[n:], energies[n:], strict=True)]).mean())
+
+    alone = missed(np.full(119, np.mean([e / 4 for e in energies[:n]])))
+    assert missed(references) < 1.05 * alone
+    assert n < 200 or missed(references) < 0.85 * alone
 
 
 def test_an_energy_head_predicts_references_before_training(structures: list[Atoms]) -> None:

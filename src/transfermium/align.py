@@ -21,14 +21,13 @@ from .heads import (
     LevelHead,
     TensorHead,
     VectorHead,
-    fit_references,
-    fit_shifts,
     is_extensive,
     labelled_totals,
     values,
 )
 from .model import Model
 from .objectives import Objective
+from .references import fit_references, fit_shifts
 
 
 def align_references(
@@ -40,10 +39,10 @@ def align_references(
 ) -> dict[str, Any]:
     """Fit the references of heads to the residuals of labels, in place, and say what changed.
 
-    An energy's references move per element, by least squares with a small ridge towards the old ones, all moved by the
-    mean residual per atom; so do the shifts of a sum, of elements without labels by that mean; other heads move by one
-    constant. The scale of a head that was trained on another quantity (noise, say) is fitted first. The report has
-    mean absolute residuals before and after, in eV/atom for energies.
+    An energy's references move per element, by least squares with a ridge towards the old ones, all moved by the
+    mean residual per atom, so strong as labels that are left out say; so do the shifts of a sum, of elements without
+    labels by that mean; other heads move by one constant. The scale of a head that was trained on another quantity
+    (noise, say) is fitted first. The report has mean absolute residuals before and after, in eV/atom for energies.
 
     Args:
         samples: with targets in the units of `objective`.
@@ -116,7 +115,7 @@ def _shift_elements(model: Model, references: Tensor, name: str, own: str, sampl
     numbers, energies = _left_of_totals(model, name, own, [s for s in samples if not is_isolated_atom(s.atoms)])
     if not numbers:
         return {}
-    shift = fit_references(numbers, energies, ridge=1e-4)
+    shift = fit_references(numbers, energies)
     references += torch.from_numpy(shift).to(references.device)
 
     composition = np.stack([np.bincount(z, minlength=len(shift)) for z in numbers])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from .backbones.base import Features
 from .errors import InputError
 from .graph import AtomGraph, Sample, is_isolated_atom
 from .nn import LAST_ELEMENT, mlp, weighted_mean
+from .references import fit_references, fit_shifts
 
 MISSING = "missing"  # input of AskedHead
 
@@ -499,52 +500,6 @@ def pooled(per_atom: Tensor, graph: AtomGraph, score: Tensor | None = None) -> T
         counts = graph.atoms_per_system().clamp(min=1).to(per_atom.dtype)
         return graph.sum_over_systems(per_atom) / counts.view(-1, *[1] * (per_atom.dim() - 1))
     return weighted_mean(per_atom, score, graph.system_idx, graph.n_systems)
-
-
-def fit_references(
-    numbers: Sequence[np.ndarray],
-    energies: np.ndarray,
-    fixed: Mapping[int, float] | None = None,
-    ridge: float = 1e-6,
-) -> np.ndarray:
-    """Energies per element (eV; index: atomic number) that best explain total energies, by least squares per atom.
-
-    `fixed` elements keep their value. Elements that the data cannot tell apart (always in the same ratio) share what
-    is left; elements that do not occur get zero. The small ridge pulls towards the mean per atom, never towards zero.
-    """
-    references = np.zeros(LAST_ELEMENT + 1)
-    for element, energy in (fixed or {}).items():
-        references[element] = energy
-
-    counts = np.array([len(z) for z in numbers], float)
-    composition = np.stack([np.bincount(z, minlength=LAST_ELEMENT + 1) for z in numbers]) / counts[:, None]
-    per_atom = np.asarray(energies, float) / counts - composition @ references
-    free = np.flatnonzero(composition.any(axis=0) & ~np.isin(np.arange(LAST_ELEMENT + 1), list(fixed or {})))
-    if len(free) == 0:
-        return references
-
-    a = composition[:, free]
-    share = a.sum(axis=1)
-    mean = share @ per_atom / (share @ share)  # the best single value for all free elements
-    gram = a.T @ a + ridge * len(a) / len(free) * np.eye(len(free))
-    solution = np.full(len(free), mean)
-    for _ in range(3):  # refined, so that the ridge leaves no trace in what the data can tell
-        solution += np.linalg.solve(gram, a.T @ (per_atom - a @ solution))
-    references[free] = solution
-    return references
-
-
-def fit_shifts(numbers: Sequence[np.ndarray], totals: np.ndarray) -> np.ndarray:
-    """What an atom of each element adds to a sum (index: atomic number), by least squares per atom, and the mean over
-    all atoms for elements that do not occur: unlike an energy, a property has no zero of its own for each element.
-
-    The ridge pulls towards that mean, for a property of many elements may have few labels.
-    """
-    found = fit_references(numbers, totals, ridge=1e-2)
-    absent = np.ones(len(found), bool)
-    absent[np.unique(np.concatenate(numbers))] = False
-    found[absent] = np.mean(totals / np.array([len(z) for z in numbers]))
-    return found
 
 
 def spread_over_elements(state: dict[str, Tensor], name: str, wanted: Tensor) -> None:

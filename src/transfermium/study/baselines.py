@@ -11,8 +11,7 @@ from ase.data import chemical_symbols
 
 from ..data.columns import blocks, counts_of
 from ..errors import InputError
-
-PENALTIES = (0.0, *np.logspace(-6, 2, 9))  # of a per-element fit, relative to its mean squared singular value
+from ..references import per_element
 
 
 def baselines(
@@ -104,31 +103,8 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _by_element(fractions: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Values per element, (n_elements,), whose means over atoms best explain y; the mean where an element is missing.
-
-    A ridge regression of y on fractions with a free constant, which pulls the elements towards each other: fractions
-    add up to one, so that the constant is what all elements share. The penalty with the smallest leave-one-out error is
-    taken, which may be none. A structure that alone determines something is asked only where there are no others.
-    """
+    """Values per element, whose means over atoms best explain y, (n_elements,); of missing elements the mean."""
     present = np.any(fractions, axis=0)
-    a = fractions[:, present]
-    u, s, v = np.linalg.svd(a - a.mean(axis=0), full_matrices=False)
-    rank = int((s > 1e-10).sum())
-    u, s, v = u[:, :rank], s[:rank], v[:rank]
-    projected = u.T @ (y - y.mean())  # (rank,)
-
-    penalties = np.array(PENALTIES) * (np.square(s).mean() if rank else 1.0)
-    kept = np.square(s) / (np.square(s) + penalties[:, None])  # (n_penalties, rank)
-    freedom = 1 - 1 / len(y) - kept @ np.square(u).T  # one minus the leverages, (n_penalties, n)
-    judged = freedom[0] > 1e-9
-    if not judged.any():
-        judged[:], freedom[0] = True, np.nan
-    residuals = y - y.mean() - (kept * projected) @ u.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.abs(residuals / freedom)[:, judged].mean(axis=1)
-    best = int(np.nanargmin(errors)) if np.isfinite(errors).any() else 0
-
-    slopes = (kept[best] / s * projected) @ v
     values = np.full(fractions.shape[1], y.mean())
-    values[present] = slopes + y.mean() - a.mean(axis=0) @ slopes
+    values[present] = per_element(fractions[:, present], y)
     return values
