@@ -194,7 +194,7 @@ def test_the_zero_of_energies_is_no_matter(zero: float) -> None:
         atoms.calc.results["energy"] += float(np.where(atoms.numbers == 79, zero, zero / 3).sum())
     shifted, plain = errors(probe(given), tests), errors(probe(alloys(30, seed=1)), alloys(20, seed=9))
     for name in plain:
-        assert shifted[name] == pytest.approx(plain[name], rel=0.05)
+        assert shifted[name] == pytest.approx(plain[name], rel=0.1)
 
 
 def test_forces_alone_are_better_used_too() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import ase
@@ -22,13 +23,16 @@ from .heads import EnergyHead
 from .model import Gradient, Model, Strain, differentiable, per_volume
 from .nn import LAST_ELEMENT
 from .objectives import Potential
+from .references import PENALTIES as ANCHORS
+from .references import chosen_penalty
 
 MOST_DIRECTIONS = 128  # of the features: each is one backward pass over the structures
 MOST_ATOMS = 2_000  # whose forces are fitted, and their structures' stress: a hundred numbers need no more
 FOLDS = 10  # at most, each left out once
 LEAST = 3  # structures, or folds that have a quantity which is to choose the penalty
 PENALTIES = np.logspace(-7, 2, 19)  # relative to the mean square of what a direction does
-ANCHOR = 1e-4  # penalty of moving references, relative likewise; refined until it leaves no trace
+FREE = 1e-4  # relative penalty of moving references that have none
+BALANCES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the weight of energies, which rules a fit that forces know more of
 STEP = 100.0  # eV: references of what is left out are known to that, which tells nothing and keeps digits
 FLOOR = 1e-3  # of the typical size of a label, below which smaller errors count no more
 UNITS = {"energy": "eV/atom", "forces": "eV/Å", "stress": "eV/Å^3"}
@@ -76,8 +80,9 @@ def probed_energy(
 
     What is left of energies, forces and stress is linear in sums over atoms of their features, along principal
     directions of these, in derivatives of such sums, and in reference energies: a ridge regression, weighted as the
-    objective weights errors. Its penalty is the one with the smallest errors on what is left out, a tenth at a time,
-    materials whole, by the geometric mean over quantities; references without a correction compete too.
+    objective weights errors, or energies less. Its penalty and the weight of energies are those with the smallest
+    errors on what is left out, a tenth at a time, materials whole, by the geometric mean over quantities; references
+    without a correction compete too.
 
     Args:
         model: with the outputs of the objective; an energy that is not among the `kept` heads begins with references.
@@ -113,7 +118,8 @@ def probed_energy(
     head.references.copy_(after)
     n = directions.vectors.shape[1]
     plain, best = _chosen(known, n)
-    correction = directions.vectors @ _solved(_normal(known), n, best.penalty)[:n]
+    known = _settled(known, best.balance, best.held)
+    correction = directions.vectors @ _solved(_normal(known), n, best.penalty, _anchor(known))[:n]
     head.correction += torch.from_numpy(correction).to(head.correction.device)
     head.center += torch.from_numpy(directions.centers @ correction).to(head.center.device)
     found: dict[str, Any] = {
@@ -203,6 +209,7 @@ class Equations(NamedTuple):
     folds: np.ndarray  # the part with which each row is left out, (n,)
     judged: np.ndarray  # whether the other parts can be asked about it, (n,)
     weight: float  # of an error in the units of the quantity
+    anchor: float = 0.0  # how many labels of an element alone its old reference counts as
 
     def normal(self, without: int | None) -> np.ndarray:
         """Means of products, over all parts but one."""
@@ -242,7 +249,12 @@ def _known(
                 judged = name != "energy" or not len(elements) or elsewhere[folds[i]].issuperset(numbers)
                 found[name].append((known, np.full(len(known), folds[i]), np.full(len(known), judged)))
     joined = {name: [np.concatenate(each) for each in zip(*own, strict=True)] for name, own in found.items() if own}
-    return {name: Equations(own[0], own[1], own[2], weights[name]) for name, own in joined.items() if len(own[0])}
+    equations = {name: Equations(own[0], own[1], own[2], weights[name]) for name, own in joined.items() if len(own[0])}
+    if "energy" in equations and len(elements):
+        energies = equations["energy"]
+        fractions, left = energies.rows[:, -2 - len(elements) : -2], energies.rows[:, -1]
+        equations["energy"] = energies._replace(anchor=chosen_penalty(fractions, left))
+    return equations
 
 
 def _elements_elsewhere(structures: Sequence[ase.Atoms], folds: np.ndarray, energetic: np.ndarray) -> list[set[int]]:
@@ -318,6 +330,8 @@ class Fit(NamedTuple):
 
     penalty: float  # infinite for no correction
     errors: dict[str, float]
+    balance: float = 1.0
+    held: bool = True  # whether references are
 
 
 def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
@@ -328,17 +342,38 @@ def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
     folds = np.unique(np.concatenate([own.folds for own in known.values()]))
     judged = {name: own.folds[own.judged] for name, own in known.items() if own.judged.any()}
     voting = [name for name, parts in judged.items() if len(np.unique(parts)) >= min(LEAST, len(folds))]
-    normal = {int(k): _normal(known, int(k)) for k in folds}
 
-    def tried(penalty: float) -> Fit:
-        weights = {k: _solved(each, n, penalty) for k, each in normal.items()}
-        return Fit(penalty, {name: _error(known[name], weights) for name in judged})
+    def tried(penalties: Sequence[float], balance: float, held: bool) -> Iterator[Fit]:
+        settled = _settled(known, balance, held)
+        normal = {int(k): _normal(settled, int(k)) for k in folds}
+        for penalty in penalties:
+            weights = {k: _solved(each, n, penalty, _anchor(settled)) for k, each in normal.items()}
+            yield Fit(penalty, {name: _error(known[name], weights) for name in judged}, balance, held)
 
     def mean(fit: Fit) -> float:
         return float(np.mean([np.log(max(fit.errors[name], FLOOR / known[name].weight)) for name in voting]))
 
-    plain = tried(np.inf)
-    return plain, min([plain, *map(tried, PENALTIES)], key=mean) if voting else plain
+    plain = next(tried([np.inf], 1.0, held=True))
+    if not voting:
+        return plain, plain
+    balances = BALANCES if len(known) > 1 and "energy" in known else BALANCES[:1]
+    holds = (True, False) if _anchor(known) else (True,)
+    fits = (tried(PENALTIES.tolist(), *settings) for settings in product(balances, holds))
+    return plain, min([plain, *chain.from_iterable(fits)], key=mean)
+
+
+def _settled(known: Mapping[str, Equations], balance: float, held: bool) -> dict[str, Equations]:
+    """With this part of the weight of energies, and references that are held to what they were, or free."""
+    return {
+        name: own._replace(weight=own.weight * balance, anchor=own.anchor if held else 0.0) if name == "energy" else own
+        for name, own in known.items()
+    }
+
+
+def _anchor(known: Mapping[str, Equations]) -> float:
+    """The penalty of moving a reference, in the units of `_normal`; zero where the smallest of all does."""
+    own = known.get("energy")
+    return own.anchor * own.weight**2 / len(own.rows) if own and own.anchor > ANCHORS[0] else 0.0
 
 
 def _normal(known: Mapping[str, Equations], without: int | None = None) -> np.ndarray:
@@ -346,7 +381,7 @@ def _normal(known: Mapping[str, Equations], without: int | None = None) -> np.nd
     return np.asarray(sum(own.weight**2 * own.normal(without) for own in known.values()))
 
 
-def _solved(normal: np.ndarray, n: int, penalty: float) -> np.ndarray:
+def _solved(normal: np.ndarray, n: int, penalty: float, anchor: float = 0.0) -> np.ndarray:
     """Weights of directions and references."""
     from scipy.linalg import lu_factor, lu_solve  # it takes a while to import
 
@@ -354,10 +389,11 @@ def _solved(normal: np.ndarray, n: int, penalty: float) -> np.ndarray:
     size = np.diag(a)
     ridge = np.full(len(a), penalty * size[:n].mean())
     if len(a) > n:
-        ridge[n:-1] = ANCHOR * (size[n:-1].mean() or 1.0)
+        ridge[n:-1] = anchor or FREE * (size[n:-1].mean() or 1.0)
         ridge[-1] = 1e-9 * (size[-1] or 1.0)
     free = slice(n if np.isinf(penalty) else 0, None)
-    moved = np.where(np.arange(len(a)) < n, 0.0, ridge)  # what is refined, so that the ridge leaves no trace
+    moved = np.zeros(len(a))  # by which what has no penalty is refined, so that the small ridge leaves no trace
+    moved[-1 if anchor else n :] = ridge[-1 if anchor else n :]
     weights = np.zeros(len(a))
     if len(a[free]):
         factors = lu_factor(a[free, free] + np.diag(ridge[free]))

@@ -61,6 +61,11 @@ def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
     """
     known = fractions.any(axis=1)
     fractions, values = fractions[known], values[known]
+    return _solved(fractions, values, np.array([chosen_penalty(fractions, values)]))[0]
+
+
+def chosen_penalty(fractions: np.ndarray, values: np.ndarray) -> float:
+    """The one of `PENALTIES` with the smallest errors on what is left out; see `per_element`."""
     judged = np.random.default_rng(0).permutation(len(values))[:MOST_JUDGED]
     missed = np.zeros(len(PENALTIES))
     for part in np.array_split(judged, PARTS) if len(judged) > 1 else ():
@@ -68,8 +73,7 @@ def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
         found = _solved(fractions[kept], values[kept], PENALTIES)
         missed += np.abs(values[part] - found @ fractions[part].T).sum(axis=1)
     nothing = 1e-9 * np.abs(values).sum()  # what rounding makes of errors
-    best = np.flatnonzero(missed <= missed.min() + nothing)[:1]
-    return _solved(fractions, values, PENALTIES[best])[0]
+    return float(PENALTIES[np.flatnonzero(missed <= missed.min() + nothing)[0]])
 
 
 def _solved(fractions: np.ndarray, values: np.ndarray, penalties: np.ndarray) -> np.ndarray:
