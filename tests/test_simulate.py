@@ -78,7 +78,7 @@ class TestPhysics:
         freedoms = dynamics.freedoms_of(atoms, settings.engine)
         assert freedoms == (24 if thermostat == "langevin" else 21)
         dynamics._draw_momenta(atoms, 100.0, freedoms, rng)
-        engine = dynamics._engine(atoms, settings, rng)
+        engine = dynamics._engine(atoms, settings, rng, freedoms)
         kinetic, stored = [], []
         for step in range(4000):
             engine.step()
@@ -159,6 +159,15 @@ class TestResuming:
             assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
         states = [read_tensors(tmp_path / folder / "state.safetensors")[0] for folder in ("run", "whole")]
         assert all(states[0][name].equal(states[1][name]) for name in states[1])
+
+    @pytest.mark.parametrize("engine", ["bussi", "nose-hoover"])
+    def test_a_linear_molecule_that_has_bent_goes_on_with_the_same_degrees_of_freedom(self, engine, tmp_path):
+        line, run = Atoms("Cu3", [[0, 0, 0], [2.4, 0, 0], [4.8, 0, 0]]), {**SHORT, **ENGINES[engine], "tau": "10fs"}
+        tm.md(potential(), line, tmp_path / "run", **{**run, "time": "20steps"})
+        for folder in ("run", "whole"):
+            result = tm.md(potential(), line, tmp_path / folder, **run)
+            assert result["degrees of freedom"] == 4
+        assert (tmp_path / "run" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
 
     def test_a_longer_time_goes_on(self, atoms, tmp_path, monkeypatch):
         monkeypatch.setattr(dynamics, "SAVED", 20)

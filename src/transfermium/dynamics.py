@@ -117,7 +117,7 @@ class Simulation:
                 f"the structure begins with a force of {force:.3g} eV/Å on {self._name(who)}, more than "
                 f"{self.most_force:g}: relax it first, or raise most_force"
             )
-        self.engine = _engine(self.atoms, self.settings, self.rng)
+        self.engine = _engine(self.atoms, self.settings, self.rng, self.freedoms)
         self.log.write_text(",".join(COLUMNS) + "\n")
         self.trajectory.write_bytes(b"")
         self._record()
@@ -147,7 +147,7 @@ class Simulation:
         self.atoms.set_cell(arrays["cell"])
         self.atoms.set_positions(arrays["positions"], apply_constraint=False)
         self.atoms.set_momenta(arrays["momenta"], apply_constraint=False)
-        self.engine = _engine(self.atoms, self.settings, self.rng)
+        self.engine = _engine(self.atoms, self.settings, self.rng, self.freedoms)
         for name in STATE[self.settings.engine]:
             owner, _, leaf = name.rpartition(".")
             value = arrays[name]
@@ -401,15 +401,15 @@ def write_frame(path: Path, atoms: ase.Atoms) -> None:
     write_whole(path, as_text(atoms).encode())
 
 
-def _engine(atoms: ase.Atoms, settings: Settings, rng: np.random.Generator) -> Any:
-    """ASE's integrator, which acts on as many degrees of freedom as there are."""
+def _engine(atoms: ase.Atoms, settings: Settings, rng: np.random.Generator, freedoms: int) -> Any:
+    """ASE's integrator, which acts on as many degrees of freedom as are given."""
     step, kelvin = settings.timestep * units.fs, settings.temperature
     if settings.engine == "verlet":
         from ase.md.verlet import VelocityVerlet
 
         return VelocityVerlet(atoms, step)
     assert settings.tau is not None
-    freedoms, tau = freedoms_of(atoms, settings.engine), settings.tau * units.fs
+    tau = settings.tau * units.fs
     if settings.engine == "langevin":
         from ase.md.langevin import Langevin
 
