@@ -18,6 +18,7 @@ from ase.neighborlist import neighbor_list
 import transfermium as tm
 from tests.alloys import QUICK, alloys, gap_model, painn, potential
 from transfermium import cli, dynamics, observables
+from transfermium.data import resolve
 from transfermium.model import read_tensors
 from transfermium.relax import _Relaxed, relaxation_summary
 from transfermium.report import Page
@@ -353,6 +354,18 @@ class TestRelaxations:
         assert type(relaxed.get_potential_energy()) is float
         assert written.get_potential_energy() == pytest.approx(relaxed.get_potential_energy(), abs=1e-6) != -1.0
         assert written.get_forces() == pytest.approx(relaxed.get_forces(), abs=1e-6)
+
+    def test_labels_under_other_names_give_way_and_momenta_too(self, tmp_path):
+        atoms = alloys(1, seed=1)[0].copy()
+        atoms.info |= {"REF_energy": -1.0, "dft_stress": np.zeros(6), "virial": np.eye(3)}
+        atoms.arrays["REF_forces"] = np.ones((len(atoms), 3))
+        atoms.set_momenta(np.ones((len(atoms), 3)))
+        (relaxed,) = tm.relax(potential(), [atoms], tmp_path / "out.extxyz", steps=2, verbose=False)
+        written = tm.read(tmp_path / "out.extxyz")
+        labels = resolve(written, ["energy", "forces", "stress"])
+        assert labels["energy"].value(written[0]) == pytest.approx(relaxed.get_potential_energy(), abs=1e-6)
+        assert labels["forces"].value(written[0]) == pytest.approx(relaxed.get_forces(), abs=1e-6)
+        assert not any(entry.also_found for entry in labels.entries) and not written[0].has("momenta")
 
     def test_one_that_cannot_begin_does_not_stop_the_others(self, tmp_path, capsys):
         structures = [atoms.copy() for atoms in alloys(3)]

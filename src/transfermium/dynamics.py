@@ -21,6 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from . import observables
 from .calculator import Calculator
+from .data.labels import KEYS
 from .errors import InputError
 from .evaluate import unseen_elements
 from .model import Gradient, Model, read_tensors, write_whole
@@ -31,6 +32,7 @@ SAVED = 100  # steps between states that can be resumed
 FASTEST = 0.5  # Å that an atom may move in a step
 HOTTEST = (10.0, 1000.0)  # times the temperature asked for, plus K
 KEPT = {"FixAtoms", "FixCartesian"}  # constraints that extended XYZ holds
+LABELS = {*all_properties, *(name for names in KEYS.values() for name in names)}
 STRETCHED = 8.0  # times the first volume, or a fraction of it
 
 TIMES = {"fs": 1.0, "ps": 1e3, "ns": 1e6}  # in fs
@@ -375,9 +377,9 @@ def is_periodic(atoms: ase.Atoms) -> bool:
 def ended(
     atoms: ase.Atoms, converged: bool, steps: int, first: float | None, results: dict[str, Any], trouble: str | None
 ) -> ase.Atoms:
-    """The structure with what became of it, in place of labels that it had before; `first` is the energy it began with,
-    None where there was none."""
-    for name in all_properties:
+    """The structure with what became of it, in place of labels and momenta that it had before; `first` is the energy it
+    began with, None where there was none."""
+    for name in (*LABELS, "momenta"):
         atoms.info.pop(name, None)
         atoms.arrays.pop(name, None)
     atoms.info |= {"relaxed": converged, "relax_steps": steps}

@@ -56,7 +56,8 @@ def relax(
 
     `atoms.info` has "relaxed" (whether forces came below fmax), "relax_steps", "relax_energy_change" (eV), and
     "relax_trouble" of those that fell apart, which are left as they last were, or could not begin. Results that the
-    structures came with, such as an energy, were of another geometry and are not kept.
+    structures came with, under any name of an energy, forces or a stress, and momenta were of another geometry and are
+    not kept.
 
     Args:
         out: an extended XYZ file, which grows with every structure; the same command goes on. A file of the same name
