@@ -112,6 +112,15 @@ class TestPhysics:
         final = ase.io.read(tmp_path / "warm" / "final.extxyz")
         assert log["kinetic_eV"][0] == pytest.approx(final.get_kinetic_energy(), rel=1e-4)
 
+    def test_given_momenta_of_atoms_that_are_held_are_no_heat(self, atoms, tmp_path):
+        atoms.set_momenta(3 * np.random.default_rng(0).normal(size=(4, 3)))
+        atoms.set_constraint(FixAtoms([0, 1]))
+        run = {**SHORT, "time": "20steps", "every": "1steps"}
+        log = tm.md(potential(), atoms, tmp_path / "run", ensemble="nve", **run)["log"]
+        free = (atoms.get_momenta()[2:] ** 2 / atoms.get_masses()[2:, None]).sum() / 2
+        assert log["kinetic_eV"][0] == pytest.approx(free)
+        assert np.ptp(log["total_eV"]) < 0.1 * (atoms.get_kinetic_energy() - free)
+
     def test_molecules_do_not_turn(self, tmp_path):
         cluster = Atoms("Cu3Au", [[0, 0, 0], [2.5, 0, 0], [0, 2.6, 0], [1.2, 1.2, 1.9]])
         result = tm.md(potential(), cluster, tmp_path / "run", ensemble="nve", most_force=500, **SHORT)

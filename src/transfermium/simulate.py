@@ -25,6 +25,7 @@ from .dynamics import (
     check_forces,
     check_unseen,
     forces_are_derivatives,
+    has_momenta,
     held_atoms,
     hold_still,
     is_periodic,
@@ -82,8 +83,9 @@ def md(
     last frame before.
 
     Args:
-        structure: structures with momenta go on with them, others get random ones. A thermostat other than Langevin
-            first takes the momentum of the whole away, and its turning where nothing is periodic.
+        structure: structures with momenta go on with them, as far as constraints let them, others get random ones. A
+            thermostat other than Langevin first takes the momentum of the whole away, and its turning where nothing is
+            periodic.
         ensemble: "nve" is velocity Verlet, "npt" lets the volume of the cell change (Martyna-Tobias-Klein).
         thermostat: of "nvt", "langevin" by default; "bussi" (stochastic velocity rescaling) disturbs diffusion least,
             and "nose-hoover" (a chain of three) is deterministic.
@@ -139,6 +141,8 @@ def md(
 
     if verbose and (told := told_of_constraints([atoms])):
         console.print(f"[yellow]{told}[/yellow]")
+    if has_momenta(atoms):
+        atoms.set_momenta(atoms.get_momenta())  # less what constraints take: it would be counted, and gone after a step
     if settings.engine not in ("verlet", "langevin") and not atoms.constraints and moves_as_a_whole(atoms):
         hold_still(atoms)
         if verbose:
