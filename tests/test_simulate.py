@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
-from ase.constraints import FixAtoms, FixedPlane
+from ase.constraints import FixAtoms, FixCartesian, FixedPlane
 from ase.neighborlist import neighbor_list
 
 import transfermium as tm
@@ -317,6 +317,15 @@ class TestPage:
         assert result["density"]["value"] == pytest.approx(
             atoms.get_masses().sum() / atoms.get_volume() * 1.66054, rel=1e-4
         )
+
+    def test_atoms_that_are_fixed_diffuse_nowhere(self, atoms, tmp_path):
+        atoms.numbers[:] = [29, 29, 79, 29]
+        atoms.set_constraint([FixAtoms([0]), FixCartesian(2)])
+        result = tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+        frames = ase.io.read(tmp_path / "run" / "trajectory.extxyz", ":")
+        moved = (frames[-1].positions - frames[0].positions)[[1, 3]]
+        assert result["msd"]["Cu"][-1] == pytest.approx(np.square(moved).sum(axis=1).mean(), rel=1e-4)
+        assert list(result["diffusion"]) == ["Cu"] and list(result["msd"]) == ["lag", "Cu"]
 
     def test_what_is_skipped_is_not_averaged(self, atoms, tmp_path):
         result = tm.md(potential(), atoms, tmp_path / "run", skip="20steps", **SHORT)

@@ -18,6 +18,7 @@ import safetensors.numpy
 from ase import units
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixCartesian
 
 from . import observables
 from .calculator import Calculator
@@ -457,6 +458,22 @@ def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
         return 3 * len(atoms) - 3
     turns = np.linalg.matrix_rank(atoms.positions - atoms.positions.mean(axis=0), tol=1e-3)
     return 3 * len(atoms) - 3 - (0, 2, 3, 3)[turns]
+
+
+def is_held(atoms: ase.Atoms) -> bool:
+    """Whether constraints keep the whole from moving."""
+    return bool(atoms.constraints)
+
+
+def fixed(atoms: ase.Atoms) -> np.ndarray:
+    """Which components of positions cannot change, as far as atoms are fixed one by one: (n_atoms, 3)."""
+    found = np.zeros((len(atoms), 3), bool)
+    for one in atoms.constraints:
+        if isinstance(one, FixAtoms | FixCartesian):
+            left = np.ones(found.shape)
+            one.adjust_forces(atoms, left)
+            found |= left == 0
+    return found
 
 
 def has_momenta(atoms: ase.Atoms) -> bool:

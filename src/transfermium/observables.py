@@ -164,17 +164,17 @@ def rdf_errors(
     return np.array(starts), np.array(errors)
 
 
-def msd(positions: np.ndarray, masses: np.ndarray) -> np.ndarray:
+def msd(positions: np.ndarray, masses: np.ndarray, hold: bool = True) -> np.ndarray:
     """Mean-square displacements of each atom in Å², averaged over all origins: (n_frames, n_atoms), the first is zero.
-
-    The centre of mass is held in place.
 
     Args:
         positions: (n_frames, n_atoms, 3), not wrapped back into the cell.
         masses: (n_atoms,).
+        hold: keep the centre of mass in place, which is wrong where some of the atoms are fixed.
     """
     x = np.asarray(positions, float)
-    x = x - np.einsum("fak,a->fk", x, masses)[:, None] / np.sum(masses)
+    if hold:
+        x = x - np.einsum("fak,a->fk", x, masses)[:, None] / np.sum(masses)
     x = x - x[:1]  # smaller numbers, fewer digits lost
     n = len(x)
     power = np.abs(np.fft.rfft(x, 2 * n, axis=0)) ** 2

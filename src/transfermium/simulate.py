@@ -24,10 +24,12 @@ from .dynamics import (
     check_fit,
     check_forces,
     check_unseen,
+    fixed,
     forces_are_derivatives,
     has_momenta,
     held_atoms,
     hold_still,
+    is_held,
     is_periodic,
     moves_as_a_whole,
     settings_of,
@@ -230,8 +232,11 @@ def _observed(
         }
     if len(frames) > 3 and settings.ensemble != "npt":  # there the cell moves the atoms too
         times = log["time_ps"][used] - log["time_ps"][used][0]
-        displacements = observables.msd(np.array([one.positions for one in frames]), atoms.get_masses())
-        kinds = {element: np.array(atoms.symbols) == element for element in sorted(set(atoms.symbols))}
+        positions, hold = np.array([one.positions for one in frames]), not is_held(atoms)
+        displacements = observables.msd(positions, atoms.get_masses(), hold)
+        moving = ~fixed(atoms).all(axis=1)
+        symbols = np.array(atoms.symbols)
+        kinds = {element: moving & (symbols == element) for element in sorted(set(symbols[moving]))}
         if is_periodic(atoms):
             found["diffusion"] = {
                 element: _as_dict(observables.diffusion(times, displacements[:, own]), "Å²/ps")
