@@ -12,7 +12,16 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
-from ase.constraints import FixAtoms, FixCartesian, FixedPlane
+from ase.constraints import (
+    ExternalForce,
+    FixAtoms,
+    FixBondLength,
+    FixCartesian,
+    FixCom,
+    FixedPlane,
+    FixSubsetCom,
+    Hookean,
+)
 from ase.neighborlist import neighbor_list
 
 import transfermium as tm
@@ -149,6 +158,34 @@ class TestPhysics:
         else:
             assert result["degrees of freedom"] == (9 if periodic else 6) and said
             assert kinetic == pytest.approx(inner.get_kinetic_energy())
+
+    @pytest.mark.parametrize("periodic", [True, False])
+    def test_nor_is_it_where_bonds_are_fixed(self, periodic, tmp_path):
+        atoms = Atoms("Cu3Au", [[0, 0, 0], [2.5, 0, 0], [0, 2.6, 0], [1.2, 1.2, 1.9]], cell=3 * [5.2], pbc=periodic)
+        atoms.set_momenta(np.random.default_rng(0).normal(size=(4, 3)) + atoms.get_masses()[:, None] * [0.1, 0, 0])
+        atoms.set_constraint(FixBondLength(0, 1))
+        result = tm.md(potential(), atoms, tmp_path / "run", thermostat="bussi", most_force=500, **SHORT)
+        assert result["degrees of freedom"] == (8 if periodic else 5)
+        final = ase.io.read(tmp_path / "run" / "final.extxyz")
+        assert final.get_momenta().sum(axis=0) == pytest.approx(0, abs=1e-5)
+        assert final.get_distance(0, 1, mic=periodic) == pytest.approx(2.5, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("constraint", "freedoms"),
+        [
+            (FixAtoms([0]), 9),
+            (FixedPlane(0, [0, 0, 1]), 11),
+            (Hookean(0, [0.0, 0.0, 0.0], 5.0, rt=1.0), 12),
+            (Hookean(0, 1, 5.0, rt=3.0), 9),
+            (ExternalForce(0, 1, 0.1), 9),
+            (FixCom(), 9),
+            (FixSubsetCom([0, 1]), 9),
+        ],
+        ids=lambda one: type(one).__name__,
+    )
+    def test_constraints_that_tie_atoms_to_places_hold_the_whole(self, constraint, freedoms, atoms):
+        atoms.set_constraint(constraint)
+        assert dynamics.freedoms_of(atoms, "bussi") == freedoms
 
     def test_linear_molecules_are_held_still_without_a_word(self, recwarn):
         atoms = Atoms("CO2", [[0, 0, 0], [1.2, 0, 0], [-1.2, 0, 0]])

@@ -18,7 +18,16 @@ import safetensors.numpy
 from ase import units
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixCartesian
+from ase.constraints import (
+    ExternalForce,
+    FixAtoms,
+    FixBondLengths,
+    FixCartesian,
+    FixCom,
+    FixInternals,
+    FixLinearTriatomic,
+    Hookean,
+)
 
 from . import observables
 from .calculator import Calculator
@@ -34,6 +43,7 @@ FASTEST = 0.5  # Å that an atom may move in a step
 HOTTEST = (10.0, 1000.0)  # times the temperature asked for, plus K
 KEPT = {"FixAtoms", "FixCartesian"}  # constraints that extended XYZ holds
 LABELS = {*all_properties, *(name for names in KEYS.values() for name in names)}
+INNER = (FixCom, FixBondLengths, FixLinearTriatomic, FixInternals, ExternalForce)  # act between atoms, not on places
 STRETCHED = 8.0  # times the first volume, or a fraction of it
 
 TIMES = {"fs": 1.0, "ps": 1e3, "ns": 1e6}  # in fs
@@ -450,19 +460,24 @@ def _begin_anew(atoms: ase.Atoms) -> None:
 
 
 def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
-    """Along which the atoms move: all with Langevin, else not those of the whole, unless it was moving in the beginning
-    and no thermostat is there to be misled."""
-    if engine == "langevin" or atoms.constraints or (engine == "verlet" and moves_as_a_whole(atoms)):
-        return int(atoms.get_number_of_degrees_of_freedom())
+    """Along which the atoms move: all that constraints leave with Langevin, else not those of the whole, unless it is
+    held, or was moving in the beginning and no thermostat is there to be misled."""
+    left = int(atoms.get_number_of_degrees_of_freedom())
+    if engine == "langevin" or is_held(atoms) or (engine == "verlet" and moves_as_a_whole(atoms)):
+        return left
+    if not any(type(one) is FixCom for one in atoms.constraints):  # which has taken them already
+        left -= 3
     if atoms.pbc.any():
-        return 3 * len(atoms) - 3
+        return left
     turns = np.linalg.matrix_rank(atoms.positions - atoms.positions.mean(axis=0), tol=1e-3)
-    return 3 * len(atoms) - 3 - (0, 2, 3, 3)[turns]
+    return left - (0, 2, 3, 3)[turns]
 
 
 def is_held(atoms: ase.Atoms) -> bool:
-    """Whether constraints keep the whole from moving."""
-    return bool(atoms.constraints)
+    """Whether constraints tie atoms to places, so that the whole cannot move freely."""
+    free = [one for one in atoms.constraints if type(one) in INNER]
+    free += [one for one in atoms.constraints if isinstance(one, Hookean) and np.size(one.get_indices()) == 2]
+    return len(free) < len(atoms.constraints)
 
 
 def fixed(atoms: ase.Atoms) -> np.ndarray:
@@ -505,9 +520,9 @@ def hold_still(atoms: ase.Atoms) -> None:
 
 
 def _draw_momenta(atoms: ase.Atoms, temperature: float, freedoms: int, rng: np.random.Generator) -> None:
-    """Random ones of exactly this temperature, with which the whole neither moves nor turns where nothing keeps it."""
+    """Random ones of exactly this temperature, with which the whole neither moves nor turns unless it is held."""
     atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * np.sqrt(atoms.get_masses() * units.kB)[:, None])
-    if not atoms.constraints:
+    if not is_held(atoms):
         hold_still(atoms)
     now = float(observables.temperature(atoms.get_kinetic_energy(), freedoms))
     atoms.set_momenta(atoms.get_momenta() * np.sqrt(temperature / now) if now > 0 else np.zeros((len(atoms), 3)))

@@ -145,7 +145,7 @@ def md(
         console.print(f"[yellow]{told}[/yellow]")
     if has_momenta(atoms):
         atoms.set_momenta(atoms.get_momenta())  # less what constraints take: it would be counted, and gone after a step
-    if settings.engine not in ("verlet", "langevin") and not atoms.constraints and moves_as_a_whole(atoms):
+    if settings.engine not in ("verlet", "langevin") and not is_held(atoms) and moves_as_a_whole(atoms):
         hold_still(atoms)
         if verbose:
             turns = "" if atoms.pbc.any() else " or turned"
