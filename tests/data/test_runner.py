@@ -74,6 +74,21 @@ def test_a_structure_without_energy_and_forces_has_no_labels(tmp_path: Path) -> 
     assert resolve(structures, ["energy", "forces"])["energy"].count == 1
 
 
+def test_forces_that_are_zero_everywhere_are_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    still = ION.replace("charge -1.0", "energy -75.0")
+    lone = "begin\natom 0.0 0.0 0.0 O 0.0 0.0 0.0 0.0 0.0\nenergy -74.0\nend\n"
+    structures = read(write(tmp_path, still + lone + still))
+    assert [atoms.get_potential_energy() for atoms in structures] == pytest.approx(
+        [-75 * HARTREE, -74 * HARTREE, -75 * HARTREE], rel=1e-7
+    )
+    assert not any("forces" in atoms.calc.results for atoms in structures)
+    assert "all forces are zero" in caplog.text
+    caplog.clear()
+    for text in (still + lone, still + WATER):  # one may be at rest, and the others show that forces are known
+        assert all("forces" in atoms.calc.results for atoms in read(write(tmp_path, text)))
+    assert "all forces are zero" not in caplog.text
+
+
 def test_what_a_file_declares_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = WATER.replace("2.81", "1.96").replace("0.55 3.75", "0.76 2.93")
     for line in ("# units eV/Å", "! Units: eV/Ang", "#units=ev/a"):

@@ -52,7 +52,8 @@ def stream_runner(path: Path, units: str | None = None) -> Iterator[Atoms]:
     """Yield the structures of a file in eV, Å and eV/Å, periodic where they have a lattice.
 
     Energy and forces are results of a calculator; a structure without a line `energy`, whose forces are all zero, has
-    none. Comments become `info["comment"]`, a total charge that is not zero `info["charge"]`, and columns of charges
+    none. Forces that are zero in all structures only fill columns that have to be there, and are left out. Comments
+    become `info["comment"]`, a total charge that is not zero `info["charge"]`, and columns of charges
     `arrays["charges"]`, where there are any; energies of atoms are left out.
 
     Args:
@@ -61,14 +62,27 @@ def stream_runner(path: Path, units: str | None = None) -> Iterator[Atoms]:
     Raises:
         InputError: naming the line. Also where nothing is declared, and atoms are so close that it must be Å and eV.
     """
-    file = _File(path, units)
+    file = _File(path, units, with_forces=not _forces_are_empty(path, units))
     structures = file.structures()
     first = list(islice(structures, JUDGED))
     if file.units is None:
         _check_distances(path, first)
         log.warning("%s: does not say its units; taken in Hartree and Bohr, as RuNNer has them", path)
+    if not file.with_forces:
+        log.warning("%s: all forces are zero, as where only energies are known; they are left out", path)
     yield from chain(first, structures)
     file.left_out.tell()
+
+
+def _forces_are_empty(path: Path, units: str | None) -> bool:
+    """Whether all structures of several atoms, and at least two, have forces of zero; the first other one ends it."""
+    count = 0
+    for atoms in _File(path, units).structures():
+        forces = atoms.calc.results.get("forces") if atoms.calc and len(atoms) > 1 else None
+        if forces is not None and forces.any():
+            return False
+        count += forces is not None
+    return count > 1
 
 
 @dataclass
@@ -92,8 +106,9 @@ class _Block:
 class _File:
     """One pass through a file."""
 
-    def __init__(self, path: Path, units: str | None):
+    def __init__(self, path: Path, units: str | None, with_forces: bool = True):
         self.path = path
+        self.with_forces = with_forces
         self.units = units  # None until something is declared
         self.left_out = LeftOut(path)
 
@@ -158,7 +173,7 @@ class _File:
         for name, columns in block.columns.items():
             values = others[:, columns]
             if name == "force":
-                if results or values.any():
+                if self.with_forces and (results or values.any()):
                     results["forces"] = ev_per_a * values
             elif name != "atom_energy" and values.any():
                 name = "charges" if name == "charge" else name  # `charge` is that of the structure
