@@ -46,6 +46,7 @@ LABELS = {*all_properties, *(name for names in KEYS.values() for name in names)}
 INNER = (FixCom, FixBondLengths, FixLinearTriatomic, FixInternals, ExternalForce)  # act between atoms, not on places
 STRETCHED = 8.0  # times the first volume, or a fraction of it
 
+TAU, TAU_PRESSURE = "100fs", "1ps"  # where none is given
 TIMES = {"fs": 1.0, "ps": 1e3, "ns": 1e6}  # in fs
 PRESSURES = {"GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa, "atm": 101325 * units.Pascal}
 
@@ -264,8 +265,8 @@ def settings_of(
     temperature: float,
     pressure: str | None,
     timestep: str,
-    tau: str,
-    slow: str,
+    tau: str | None = None,
+    slow: str | None = None,
     shape: bool = False,
 ) -> Settings:
     if ensemble not in ("nve", "nvt", "npt"):
@@ -276,13 +277,19 @@ def settings_of(
         raise InputError(f"{ensemble} has no choice of thermostats: leave out {thermostat}, or choose nvt")
     if (pressure is not None) != (ensemble == "npt"):
         raise InputError("a pressure, such as 1bar, goes with npt and only with it: change one of them")
+    if tau is not None and ensemble == "nve":
+        raise InputError("nve has no thermostat that acts in a time tau: leave tau out, or choose nvt")
+    if slow is not None and ensemble != "npt":
+        raise InputError(f"{ensemble} has no barostat: leave tau_pressure (--tau-pressure) out, or choose npt")
     if shape and ensemble != "npt":
         raise InputError(
             f"the shape of a cell changes under a pressure, not in {ensemble}: leave shape out, or choose npt"
         )
     if not 0 <= temperature < 1e5 or (temperature == 0 and ensemble != "nve"):
         raise InputError(f"a temperature of {temperature} K makes no sense: choose one above zero and below 100,000")
-    step, tau_fs, slow_fs = (_femtoseconds(n, t) for n, t in (("timestep", timestep), ("tau", tau), ("tau", slow)))
+    step = _femtoseconds("timestep", timestep)
+    tau_fs = _femtoseconds("tau", TAU if tau is None else tau)
+    slow_fs = _femtoseconds("tau_pressure", TAU_PRESSURE if slow is None else slow)
     if not 0 < step <= 20:
         raise InputError(f"a timestep of {timestep} makes no sense: 0.5fs suits hydrogen, 2fs heavy atoms")
     if min(tau_fs, slow_fs) < 5 * step:

@@ -63,8 +63,8 @@ def md(
     timestep: str = "0.5fs",
     time: str = "2ps",
     every: str = "10fs",
-    tau: str = "100fs",
-    tau_pressure: str = "1ps",
+    tau: str | None = None,
+    tau_pressure: str | None = None,
     shape: bool = False,
     seed: int = 0,
     skip: str = "0ps",
@@ -94,7 +94,8 @@ def md(
         temperature: in K; of "nve" that of random momenta only.
         pressure: of "npt", such as "1bar" or "0.1GPa".
         timestep, time, every: such as "0.5fs", "2ps", or "100steps"; log and trajectory get a row `every` so often.
-        tau, tau_pressure: times in which thermostat and barostat act; the friction of Langevin is 1 / tau.
+        tau, tau_pressure: times in which thermostat and barostat act, 100 fs and 1 ps by default; the friction of
+            Langevin is 1 / tau.
         shape: of "npt", the shape of the cell changes too: for solids.
         skip: what is left out of averages at the beginning.
         reference: frames of the same substance, with whose radial distribution functions those found are compared.
