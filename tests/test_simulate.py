@@ -17,6 +17,7 @@ from ase.constraints import (
     FixAtoms,
     FixBondLength,
     FixCartesian,
+    FixCartesianParametricRelations,
     FixCom,
     FixedPlane,
     FixSubsetCom,
@@ -334,6 +335,12 @@ class TestRefusals:
             tm.md(potential(), atoms, tmp_path / "run", **ENGINES["npt"], **SHORT)
         with pytest.raises(tm.InputError, match="structure 0 is not periodic"):
             tm.relax(potential(), [atoms], cell=True)
+
+    def test_constraints_of_which_nobody_knows_what_they_take(self, atoms, tmp_path):
+        atoms.set_constraint(FixCartesianParametricRelations.from_expressions([0], ["x", "y"], ["x", "y", "0"]))
+        with pytest.raises(tm.InputError, match="cannot count what FixCartesianParametricRelations holds: remove it"):
+            tm.md(potential(), atoms, tmp_path / "run", **SHORT)
+        assert not (tmp_path / "run").exists()
 
     def test_files_of_several_structures(self, tmp_path):
         ase.io.write(tmp_path / "all.extxyz", alloys(3))

@@ -469,7 +469,7 @@ def _begin_anew(atoms: ase.Atoms) -> None:
 def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
     """Along which the atoms move: all that constraints leave with Langevin, else not those of the whole, unless it is
     held, or was moving in the beginning and no thermostat is there to be misled."""
-    left = int(atoms.get_number_of_degrees_of_freedom())
+    left = 3 * len(atoms) - sum(_taken(one, atoms) for one in atoms.constraints)
     if engine == "langevin" or is_held(atoms) or (engine == "verlet" and moves_as_a_whole(atoms)):
         return left
     if not any(type(one) is FixCom for one in atoms.constraints):  # which has taken them already
@@ -478,6 +478,16 @@ def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
         return left
     turns = np.linalg.matrix_rank(atoms.positions - atoms.positions.mean(axis=0), tol=1e-3)
     return left - (0, 2, 3, 3)[turns]
+
+
+def _taken(constraint: Any, atoms: ase.Atoms) -> int:
+    """Degrees of freedom that a constraint takes."""
+    try:
+        return int(constraint.get_removed_dof(atoms))
+    except (AttributeError, NotImplementedError):
+        raise InputError(
+            f"md cannot count what {type(constraint).__name__} holds: remove it or choose another constraint"
+        ) from None
 
 
 def is_held(atoms: ase.Atoms) -> bool:
