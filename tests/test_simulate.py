@@ -123,6 +123,15 @@ class TestPhysics:
         final = ase.io.read(tmp_path / "warm" / "final.extxyz")
         assert log["kinetic_eV"][0] == pytest.approx(final.get_kinetic_energy(), rel=1e-4)
 
+    @pytest.mark.parametrize("name", ["momenta", "velo", None])
+    def test_it_says_where_momenta_are_random(self, name, atoms, tmp_path, capsys):
+        if name:
+            atoms.set_array(name, np.random.default_rng(0).normal(size=(4, 3)))
+        tm.md(potential(), atoms, tmp_path / "run", temperature=250, **{**SHORT, "verbose": True})
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("no momenta: it begins with random ones of 250 K" in said) == (name != "momenta")
+        assert ("'velo' are not used: give them to atoms.set_velocities" in said) == (name == "velo")
+
     def test_given_momenta_of_atoms_that_are_held_are_no_heat(self, atoms, tmp_path):
         atoms.set_momenta(3 * np.random.default_rng(0).normal(size=(4, 3)))
         atoms.set_constraint(FixAtoms([0, 1]))

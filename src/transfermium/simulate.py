@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import ase
 import numpy as np
+from ase import units
 
 from . import observables
 from .calculator import Calculator
@@ -44,6 +45,7 @@ from .transfer import weights_fingerprint
 RDF_RADIUS = (6.0, 10.0)  # Å: half the width of the cell within these
 CELL = {"a": "Å", "b": "Å", "c": "Å", "alpha": "°", "beta": "°", "gamma": "°"}
 FEW_ATOMS = 16  # of an element, in whose RDF it matters that an atom and its images are no pair
+VELOCITIES = {"velocities", "velocity", "velo", "vel", "v"}  # columns that others write, in units that nobody knows
 MOST_FRAMES = 400  # that radial distribution functions are averaged over
 
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -146,6 +148,8 @@ def md(
         console.print(f"[yellow]{told}[/yellow]")
     if has_momenta(atoms):
         atoms.set_momenta(atoms.get_momenta())  # less what constraints take: it would be counted, and gone after a step
+    if verbose and not has_momenta(atoms):
+        console.print(_told_of_drawing(atoms, settings.temperature), markup=False)
     if settings.engine not in ("verlet", "langevin") and not is_held(atoms) and moves_as_a_whole(atoms):
         hold_still(atoms)
         if verbose:
@@ -194,6 +198,17 @@ def _one(structure: ase.Atoms | str | Path, index: int | None) -> ase.Atoms:
         return found[index or 0].copy()
     except IndexError:
         raise InputError(f"there is no structure {index}: {structure} has {len(found)}") from None
+
+
+def _told_of_drawing(atoms: ase.Atoms, temperature: float) -> str:
+    """That momenta are random, and which array is not taken for them."""
+    told = f"The structure has no momenta: it begins with random ones of {temperature:g} K."
+    if names := sorted(name for name in atoms.arrays if name.lower() in VELOCITIES):
+        told += (
+            f" Its {names[0]!r} are not used: give them to atoms.set_velocities of ASE, times {1 / units.fs:.4g} where "
+            "they are in Å/fs, and write the file anew."
+        )
+    return told
 
 
 def _observed(
