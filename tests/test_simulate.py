@@ -185,6 +185,7 @@ class TestPhysics:
         ("constraint", "freedoms"),
         [
             (FixAtoms([0]), 9),
+            ([FixAtoms([0]), FixCartesian(0), FixCartesian([0, 1], (True, False, False))], 8),
             (FixedPlane(0, [0, 0, 1]), 11),
             (Hookean(0, [0.0, 0.0, 0.0], 5.0, rt=1.0), 12),
             (Hookean(0, 1, 5.0, rt=3.0), 9),

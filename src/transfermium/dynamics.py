@@ -469,7 +469,8 @@ def _begin_anew(atoms: ase.Atoms) -> None:
 def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
     """Along which the atoms move: all that constraints leave with Langevin, else not those of the whole, unless it is
     held, or was moving in the beginning and no thermostat is there to be misled."""
-    left = 3 * len(atoms) - sum(_taken(one, atoms) for one in atoms.constraints)
+    others = [one for one in atoms.constraints if not isinstance(one, FixAtoms | FixCartesian)]
+    left = 3 * len(atoms) - int(fixed(atoms).sum()) - sum(_taken(one, atoms) for one in others)
     if engine == "langevin" or is_held(atoms) or (engine == "verlet" and moves_as_a_whole(atoms)):
         return left
     if not any(type(one) is FixCom for one in atoms.constraints):  # which has taken them already
