@@ -403,6 +403,12 @@ class TestPage:
         with pytest.raises(tm.InputError, match="do not both have H-O: choose pairs among"):
             tm.md(potential(), atoms, tmp_path / "run", reference=alloys(2), pairs=["O-H"], **SHORT)
 
+    def test_a_pair_takes_two_atoms(self, tmp_path):
+        lone, several = bulk("Cu"), bulk("Cu", cubic=True)
+        for structure, reference in ((lone, lone), (lone, several), (several, lone)):
+            with pytest.raises(tm.InputError, match="no pair of elements in common, which takes two atoms"):
+                tm.md(potential(), structure, tmp_path / "run", reference=[reference], **SHORT)
+
 
 class TestRelaxations:
     @pytest.mark.parametrize("optimizer", ["FIRE", "LBFGS"])

@@ -308,10 +308,14 @@ def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[st
         pair: np.mean([one[pair] for one in each if pair in one], axis=0)
         for pair in {p: 0 for one in each for p in one}
     }
-    symbols = sorted(set(atoms.symbols))
-    own = {observables.pair_name(a, b) for a in symbols for b in symbols} & set(g)
+    own = set(_rdf_of([atoms], radius).g) & set(g)
+    if not own:
+        raise InputError(
+            "structure and reference have no pair of elements in common, which takes two atoms in each: repeat cells "
+            "of one atom, or leave the reference out"
+        )
     scored = sorted(own) if pairs is None else [observables.pair_name(*_elements(pair)) for pair in pairs]
-    if missing := [pair for pair in scored if pair not in own] or ([] if scored else symbols):
+    if missing := [pair for pair in scored if pair not in own]:
         raise InputError(f"structure and reference do not both have {missing[0]}: choose pairs among {sorted(own)}")
     amounts = [Counter(one.symbols) for one in [atoms, *(usable[i] for i in chosen)]]
     alike = {
