@@ -68,6 +68,12 @@ def test_forces_are_minus_the_derivative_of_the_energy_after_the_conversion(tmp_
     assert here.get_forces()[1, 2] == pytest.approx(-slope, rel=1e-6)
 
 
+def test_exponents_of_fortran_are_read(tmp_path: Path) -> None:
+    (water,) = read(write(tmp_path, WATER.replace("-76.4", "-7.64D+01").replace("0.010", "1.0d-2")))
+    assert water.get_potential_energy() == pytest.approx(-76.4 * HARTREE, rel=1e-7)
+    assert water.get_forces()[0, 0] == pytest.approx(0.01 * HARTREE / BOHR, rel=1e-6)
+
+
 def test_a_structure_without_energy_and_forces_has_no_labels(tmp_path: Path) -> None:
     structures = read(write(tmp_path, WATER + ION))
     assert structures[1].calc is None and structures[1].info == {"charge": -1.0}

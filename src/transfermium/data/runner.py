@@ -227,7 +227,7 @@ def _numbers(words: list[str], where: str) -> list[float]:
     values = []
     for word in words:
         try:
-            value = float(word)
+            value = float(word.upper().replace("D", "E"))  # as Fortran writes
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
