@@ -418,6 +418,7 @@ def test_a_truncated_compressed_file_is_refused(tmp_path: Path, name: str, endin
         ("1\n\nH 0 0 0\n1\n\nH 0 0 z\n", r"structure 1 cannot be read"),
         ("1\n\nH 0 0 0\n1\n\nQq 0 0 0\n", r"structure 1 cannot be read"),
         ("2\n\nH 0 0 0\n1\n\nH 0 0 0\n", r"structure 0 cannot be read"),
+        ("1\n\nD 0 0 0\n", r"structure 0 has the element 'D', which is hydrogen here: write H, .* column masses"),
         ("1\n\nH 0 0 0\nH 0 0 1\n", r"structure 1 should begin with its number of atoms"),
         ("1\n\nH 0 0 nan\n", "the position of atom 0 is not finite"),
         ("1\n\nH 0 0 0\n0\n\n", "structure 1 has no atoms"),

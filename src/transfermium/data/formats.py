@@ -196,6 +196,11 @@ def _xyz_frames(path: Path) -> Iterator[Atoms]:
                 yield next(read_xyz(io.StringIO("".join(frame)), 0))
             except Exception as error:
                 kind = type(error).__name__
+                if str(error) in ("'D'", "'T'"):
+                    raise InputError(
+                        f"{path}: structure {index} has the element {error}, which is hydrogen here: write H, and its "
+                        "mass into a column masses"
+                    ) from error
                 raise InputError(f"{path}: structure {index} cannot be read ({kind}: {error})") from error
             index += 1
 
