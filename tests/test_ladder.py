@@ -34,7 +34,8 @@ def shifted(n: int = 20) -> list[ase.Atoms]:
 def climb(objective: tm.Objective = GAP, base: tm.Model | None = None, n: int = 20, **options: Any) -> tm.Model:
     structures = alloys(n, seed=1) if isinstance(objective, tm.Property) else shifted(n)
     options = {"steps": 3, "valid_fraction": 0.3, **QUICK, **options}
-    return tm.finetune(base or potential(), structures, objective, strategy="auto", **options)
+    base = base or (gap_model() if isinstance(objective, tm.Property) else potential())
+    return tm.finetune(base, structures, objective, strategy="auto", **options)
 
 
 def table_of(model: tm.Model) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def test_what_cannot_be_tried_is_no_rung() -> None:
     assert names(tm.Potential()) == ["zero-shot", "aligned", "probe", "head", "lora", "full"]
     assert names(tm.Potential(conservative=False)) == ["zero-shot", "aligned", "head", "lora", "full"]
     assert names(GAP, align=False, backbone_lr=0.0) == ["zero-shot", "probe", "head"]
+    assert names(GAP, base=potential()) == ["probe", "head", "lora", "full"]  # it has no gap
 
 
 def test_a_probe_that_has_too_few_labels_is_left() -> None:
@@ -219,6 +221,6 @@ def test_the_command_line_shows_the_table(tmp_path: Path, capsys: pytest.Capture
     cli.main([*words.split(), *options.split()])
     taken = table_of(tm.load(tmp_path / "run"))["taken"]
     shown = capsys.readouterr().err
-    assert "Rung 6 of 6: full" in shown and f"{taken} ←" in shown
+    assert "Rung 4 of 4: full" in shown and f"{taken} ←" in shown
     assert f"Taken: {taken}, the best of 6 rungs on 4 validation structures" in shown
     assert (tmp_path / "run" / "report.html").exists()

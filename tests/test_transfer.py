@@ -613,3 +613,68 @@ def test_an_existing_model_can_be_told_forces():
     base = tm.pretrain(alloys(8), tm.Potential(), painn(), steps=5, **QUICK)
     model = tm.finetune(base, alloys(8), tm.Denoise(told_forces=True), steps=5, **QUICK)
     assert model.backbone.vector_inputs == ("forces",)
+
+
+class TestUnits:
+    """A base in eV, and labels of the same property in another unit."""
+
+    @staticmethod
+    def base(**options):
+        return tm.pretrain(
+            alloys(16), tm.Property("gap", **options), painn(), steps=20, lr=0.01, unit={"gap": "eV"}, **QUICK
+        )
+
+    @staticmethod
+    def tuned(base, strategy, unit="meV", factor=1e3, **options):
+        structures = alloys(8, seed=4)
+        for atoms in structures:
+            atoms.info["gap"] *= factor
+        return tm.finetune(
+            base, structures, tm.Property("gap", **options), strategy=strategy, unit={"gap": unit}, **QUICK
+        )
+
+    @pytest.mark.parametrize("options", [{}, {"pooling": "composition"}, {"uncertainty": True}])
+    def test_what_is_kept_is_converted(self, options):
+        base, test = self.base(**options), alloys(4, seed=5)
+        before, after = (tm.predict(m, test, verbose=False) for m in (base, self.tuned(base, "zero-shot", **options)))
+        names = ["gap", "gap_std"] if options.get("uncertainty") else ["gap"]
+        for name in names:
+            old, new = ([atoms.info[name] for atoms in some] for some in (before, after))
+            assert new == pytest.approx([1e3 * value for value in old], rel=1e-5)
+
+    def test_alignment_begins_from_what_was_converted(self):
+        base = self.base()
+        same, other = (
+            self.tuned(base, "aligned", *given).card["history"][-1]["alignment"]["residual"]["gap"]
+            for given in (("eV", 1.0), ("meV", 1e3))
+        )
+        assert other["before"] == pytest.approx(1e3 * same["before"], rel=1e-4)
+        assert other["after"] == pytest.approx(1e3 * same["after"], rel=1e-4)
+
+    def test_it_is_said(self, capsys):
+        base = self.base()
+        structures = alloys(8, seed=4)
+        tm.finetune(
+            base, structures, tm.Property("gap"), strategy="zero-shot", unit={"gap": "meV"},
+            **{**QUICK, "verbose": True},
+        )  # fmt: skip
+        assert "The base gives 'gap' in eV, these labels are in meV" in " ".join(capsys.readouterr().err.split())
+
+    def test_what_cannot_be_converted_is_refused(self):
+        with pytest.raises(tm.InputError, match="in eV, and these labels are in cm\\^-1, which cannot be converted"):
+            self.tuned(self.base(), "zero-shot", "cm^-1")
+
+    def test_without_a_unit_nothing_is_converted(self):
+        base = self.base()
+        structures, test = alloys(8, seed=4), alloys(4, seed=5)
+        model = tm.finetune(base, structures, tm.Property("gap"), strategy="zero-shot", **QUICK)
+        old, new = ([a.info["gap"] for a in tm.predict(m, test, verbose=False)] for m in (base, model))
+        assert new == pytest.approx(old)
+
+
+@pytest.mark.parametrize("strategy", ["zero-shot", "aligned"])
+def test_what_the_base_does_not_have_is_not_drawn_at_random(strategy):
+    with pytest.raises(tm.InputError, match=f"has no output 'gap' of this kind, which {strategy} would have to draw"):
+        tm.finetune(potential(), alloys(8), tm.Property("gap"), strategy=strategy, **QUICK)
+    with pytest.raises(tm.InputError, match="has no output 'gap' of this kind"):
+        tm.finetune(gap_model(), alloys(8), tm.Property("gap", kind="extensive"), strategy=strategy, **QUICK)

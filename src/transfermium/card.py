@@ -134,7 +134,7 @@ def card_of(
     earlier = base.card.get("elements", {}) if base is not None else {}
     missing = history[-1]["alignment"].get(WITHOUT, {})
     parts = _parts_of(model, objective, data, earlier, missing) if isinstance(objective, Parts) else ()
-    quantities = _quantities(model.outputs, objective, data.labels)
+    quantities = quantities_of(model.outputs, objective, data.labels)
     return {
         "objective": described(objective),
         "quantities": quantities,
@@ -197,12 +197,12 @@ def _references(heads: Iterable[Any]) -> dict[str, float]:
     return {chemical_symbols[z]: energy for z, energy in enumerate(references) if energy}
 
 
-def _quantities(names: Container[str], objective: Objective, labels: Labels) -> dict[str, list[str]]:
-    """What outputs mean, with the units of labels of the same meaning."""
+def quantities_of(names: Container[str], objective: Objective, labels: Labels) -> dict[str, list[str]]:
+    """What outputs mean, as [quantity, unit], with the units of labels of the same meaning."""
     quantities = {name: list(quantity) for name, quantity in objective.quantities().items() if name in names}
     for entry in labels.entries:
         for meaning in quantities.values():
-            if entry.unit and meaning[0] == entry.quantity:
+            if entry.unit and meaning[0] in (entry.quantity, f"{entry.quantity}_std"):
                 meaning[1] = entry.unit
     return quantities
 
@@ -222,7 +222,7 @@ def _parts_of(
         card = {
             "objective": described(part),
             "labels": own.to_json(),
-            "quantities": _quantities(outputs, part, own),
+            "quantities": quantities_of(outputs, part, own),
             **_seen([belonging_to(name, some, objective.marks) for some in (data.unlabelled, data.isolated)], earlier),
             "references (eV)": _references(
                 of_level(head, name) for full, head in model.heads.items() if full in outputs.values()

@@ -273,7 +273,8 @@ def curve(arguments: Arguments) -> None:
     pairs = _with_pairs(arguments, ("label", "unit", "base_label", "base_unit"))
     as_json = pairs.pop("json")
     pairs |= {name: _numbers(name, pairs[name]) for name in ("sizes", "base_sizes")}
-    pairs |= {"rates": _numbers("rates", pairs["rates"], float), "arms": _apart(pairs["arms"])}
+    pairs |= {"rates": _numbers("rates", pairs["rates"], float)}
+    pairs |= {"arms": pairs["arms"] and _apart(pairs["arms"])}
     result = run(pairs.pop("data"), pairs.pop("objective"), pairs.pop("out"), quiet=as_json, **pairs)
     if as_json:
         _print_json(result)
@@ -623,8 +624,8 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     help = "the architecture of bases, a small TensorNet by default"
     parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
     parser.add_argument("--out", type=str, required=True, help="folder of the study; the same command resumes")
-    help = "ways to use a base, and scratch: scratch,aligned,full or scratch aligned full"
-    parser.add_argument("--arms", nargs="+", type=str, default=["scratch", "aligned", "full"], help=help)
+    help = "ways to use a base, and scratch; by default scratch,aligned,full (aligned where a base has the output)"
+    parser.add_argument("--arms", nargs="+", type=str, default=None, help=help)
     help = "a cheap label of the same property, for the arm delta and for baselines"
     parser.add_argument("--cheap", type=str, default=None, help=help)
     help = "numbers of labels, 5,10,20 or 5 10 20; doubled from ten on by default, or four of them where that is fewer"

@@ -14,8 +14,9 @@ from torch import nn
 from . import distributed
 from .align import align_references, show_alignment
 from .backbones import Backbone, TensorNet
-from .card import theory, theory_of
+from .card import quantities_of, theory, theory_of
 from .console import console
+from .data.labels import Labels, ratio_of_units
 from .data.read import Source, read
 from .dataset import TrainingData
 from .energy_probe import EnergyProbeHead, probed_energy
@@ -218,6 +219,7 @@ def finetune(
     settings = configured(_with_strategy(strategy, objective, config), base.architecture()["dtype"])
     align = align and strategy != "zero-shot"
     check_together(base.backbone, objective)
+    check_known(strategy, objective, base.outputs, base.backbone.width)
     lesson = taught(
         teacher, structures, valid, objective, out=out, named=[*(label or {}), *(unit or {})], skip=teacher_skip,
         overwrite=teacher_overwrite, dry_run=dry_run, verbose=verbose,
@@ -247,13 +249,18 @@ def finetune(
     if finished is not None:
         return finished
     if strategy == "auto":
-        names = rungs(objective, align, settings.backbone_lr == 0)
+        possible = rungs(objective, align, settings.backbone_lr == 0)
+        names = [name for name in possible if not _unknown(name, objective, base.outputs, base.backbone.width)]
         n = len(data.train) + len(data.valid)
         return climbed(partial(_rung, given | lesson.given), names, n, len(data.valid), folder, dry_run, verbose)
 
     samples = data.samples(objective)
     settled = distributed.from_first(lambda: objective.settled(samples))
     model, kept = _transferred(base, settled, samples, settings.seed, settings.steps == 0)
+    converted = _converted(model, base, settled, data.labels, kept)
+    if verbose:
+        for name, (old, new) in converted.items():
+            console.print(f"The base gives '{name}' in {old}, these labels are in {new}: it is converted")
     for name in _left_behind(base, model, kept) if verbose and strategy != "probe" else ():
         console.print(f"[yellow]The base has a probe for '{name}', which cannot be trained: it begins anew[/yellow]")
     model.to(chosen_device(settings.device))
@@ -375,7 +382,7 @@ def _transferred(
         torch.manual_seed(seed)
         backbone = told(base.backbone, objective)
         outputs = objective.outputs(backbone.width)
-        outputs |= _probes_of(base, outputs, idle)
+        outputs |= _probes_of(base.outputs, outputs, idle)
         model = Model(backbone, outputs)
     model.to(dtype=next(base.parameters()).dtype)
 
@@ -393,10 +400,37 @@ def _transferred(
     return model, kept
 
 
-def _probes_of(base: Model, outputs: Mapping[str, Output], idle: bool) -> dict[str, Head]:
-    """New heads like the probes of a base, in place of these outputs."""
+def _converted(
+    model: Model, base: Model, objective: Objective, labels: Labels, kept: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """Kept heads in the units of the labels, in place, where these differ: name to the unit before and after.
+
+    Raises:
+        InputError: for units that cannot be converted.
+    """
+    before, now = base.card.get("quantities", {}), quantities_of(kept, objective, labels)
+    found: dict[str, tuple[str, str]] = {}
+    for name in kept:
+        (old, given), (quantity, wanted) = before.get(name, ("", "")), now.get(name, ("", ""))
+        if old != quantity or not given or not wanted or given == wanted:
+            continue
+        factor = ratio_of_units(given, wanted)
+        if factor is None:
+            raise InputError(
+                f"the base gives '{quantity}' in {given}, and these labels are in {wanted}, which cannot be converted: "
+                f"give them in {given}, or, if both are one, declare it so (--unit {quantity}='{given}')"
+            )
+        for buffer in ("scale", "shift"):
+            if buffer in dict(model.heads[name].named_buffers(recurse=False)):
+                getattr(model.heads[name], buffer).mul_(factor)
+        found |= {name: (given, wanted)} if factor != 1 else {}
+    return found
+
+
+def _probes_of(base: Mapping[str, Output], outputs: Mapping[str, Output], idle: bool) -> dict[str, Head]:
+    """New heads like the probes among the outputs of a base, in place of these outputs."""
     found: dict[str, Head] = {}
-    for name, old in base.outputs.items():
+    for name, old in base.items():
         new = outputs.get(name)
         if isinstance(old, EnergyProbeHead) and type(new) is EnergyHead:
             found[name] = EnergyProbeHead(old.width, old.features)
@@ -433,6 +467,32 @@ def check_together(backbone: Backbone, objective: Objective) -> None:
     """Refuse, before anything is read, an objective that wants what the backbone cannot give."""
     with torch.random.fork_rng(devices=[]):
         Model(told(backbone, objective), objective.outputs(backbone.width))
+
+
+def check_known(strategy: str, objective: Objective, base: Mapping[str, Output], width: int) -> None:
+    """Refuse, before anything is read, to call a head that would be drawn at random what the base knows.
+
+    Args:
+        base: its outputs.
+        width: of its backbone.
+    """
+    if missing := _unknown(strategy, objective, base, width):
+        raise InputError(
+            f"the base has no output {' or '.join(map(repr, missing))} of this kind, which {strategy} would have to "
+            "draw at random: choose probe, head or full"
+        )
+
+
+def _unknown(strategy: str, objective: Objective, base: Mapping[str, Output], width: int) -> list[str]:
+    """Heads of an objective of which the base has none, where the strategy only uses what it has."""
+    if strategy not in ("zero-shot", "aligned"):
+        return []
+    with torch.random.fork_rng(devices=[]):
+        outputs = objective.outputs(width)
+    outputs |= _probes_of(base, outputs, idle=True)
+    heads = {name: head for name, head in outputs.items() if isinstance(head, Head)}
+    kept = (isinstance(old := base.get(name), Head) and _goes_on(head, old) for name, head in heads.items())
+    return [] if any(kept) else list(heads)
 
 
 def weights_fingerprint(model: Model) -> str:

@@ -19,7 +19,7 @@ from transfermium.data.split import independent
 from transfermium.errors import InputError
 from transfermium.model import load
 from transfermium.report import need_viewer
-from transfermium.study.curve import curve
+from transfermium.study.curve import _without_training, curve
 from transfermium.study.curve_laws import Curves, goal_of, runs_in_words, summary
 from transfermium.study.curve_page import page, worth_drawn, worths
 from transfermium.study.curve_study import Study, chosen_sizes, validation_error
@@ -429,7 +429,7 @@ class TestCurve:
     def test_baselines_go_through_what_the_base_says(self, study):
         _, result = study
         laws = {row["arm"] for row in result["baselines"]}
-        assert laws == {"cheap value", "constant shift", "per-element shift", "linear map"}
+        assert laws == {"base as it is", "constant shift", "per-element shift", "linear map"}
         assert {row["quantity"] for row in result["baselines"]} == {"energy_per_atom"}
 
 
@@ -634,8 +634,8 @@ def test_a_difference_from_a_cheap_label(tmp_path):
     errors = {row["arm"]: row["mae"] for row in [*result["baselines"], *result["errors"]]}
     assert errors["cheap value"] > 3 > 1 > errors["constant shift"] > errors["per-element shift"]
     assert errors["delta"] < 0.2 * errors["cheap value"]  # it begins with the mean difference
-    assert "Without a network, the per-element shift makes smaller errors of dear at 8 labels" in result["verdict"]
-    assert result["baselines from"] == "through the label v"
+    assert "Without a network, the per-element shift makes smaller errors of dear with 8 labels" in result["verdict"]
+    assert result["cheap"] == "v"
     assert {row["unit"] for row in result["errors"]} == {""}
 
 
@@ -817,3 +817,64 @@ def test_the_page_says_what_is_not_known(study, tmp_path):
     assert "Runs that diverged are left out: full at 5 labels (seed 1)" in told
     assert "no bounds at any size for full, mostly for want of independent test structures." in told
     assert "no bounds at any size for full." in shown({**changes, "scarce": {}})
+
+
+def test_arms_that_bases_have_no_output_for_are_refused_or_left_out(tmp_path):
+    options = {**SMALL, **ONE, "base_data": volumes(20, 7), "base_objective": tm.Denoise(0.1), "sizes": [8, 10]}
+    with pytest.raises(tm.InputError, match="the base has no output 'dear' of this kind, which aligned"):
+        curve(volumes(24, 3), tm.Property("dear"), tmp_path / "a", **{**options, "arms": ["aligned", "full"]})
+    with ThreadPoolExecutor(1) as pool:
+        usual = {**options, "executor": pool, "arms": None}
+        assert curve(volumes(24, 3), tm.Property("dear"), tmp_path / "b", **usual)["arms"] == ["scratch", "full"]
+
+
+def test_what_a_base_says_in_another_unit_is_converted_for_baselines(tmp_path):
+    found = []
+    for factor, unit in ((1.0, "eV"), (1e3, "meV")):
+        structures, cheap = volumes(24, 3), volumes(20, 7)
+        for atoms in structures:
+            atoms.info["dear"] *= factor
+        with ThreadPoolExecutor(1) as pool:
+            result = curve(
+                structures, tm.Property("dear"), tmp_path / unit, base_label={"dear": "cheap"}, executor=pool,
+                base_unit={"dear": "eV"}, unit={"dear": unit},
+                **{**SMALL, **ONE, "base_data": cheap, "arms": ["zero-shot"], "sizes": [8, 10]},
+            )  # fmt: skip
+        found.append({(row["arm"], row["n_train"]): row["mae"] for row in [*result["baselines"], *result["errors"]]})
+    for key in ((arm, n) for arm in ("base as it is", "per-element shift", "zero-shot") for n in (8, 10)):
+        assert found[1][key] == pytest.approx(1e3 * found[0][key], rel=1e-3)
+
+
+class TestWithoutTraining:
+    """What the verdict says of fits that take no training."""
+
+    @staticmethod
+    def said(baseline, seeds=2, cheap=None, law="linear map", delta=None):
+        rows = [("full", {10: 2.0, 20: 1.0}), *([("delta", delta)] if delta else [])]
+        errors = [
+            {"arm": arm, "n_train": n, "n_pretraining": None, "seed": seed, "quantity": "gap", "mae": mae}
+            for arm, maes in rows for n, mae in maes.items() for seed in range(seeds)
+        ]  # fmt: skip
+        baselines = [
+            {"arm": law, "n_train": n, "seed": seed, "quantity": "gap", "mae": maes[seed]}
+            for n, maes in baseline.items() for seed in range(seeds)
+        ]  # fmt: skip
+        result = {"errors": errors, "baselines": baselines, "sizes": [10, 20], "units": {"gap": "eV"}, "cheap": cheap}
+        return _without_training(result, "full")
+
+    def test_sizes_at_which_all_seeds_agree_are_named(self):
+        assert "with 10 labels" in self.said({10: [1.0, 1.0], 20: [0.5, 1.5]}, cheap="pbe")
+        assert "with 10 and 20 labels (0.5 instead" in self.said({10: [1.0, 1.0], 20: [0.5, 0.5]}, cheap="pbe")
+        assert self.said({10: [1.0, 3.0], 20: [0.5, 1.5]}, cheap="pbe") == ""
+
+    def test_what_a_base_says_takes_a_network(self):
+        low = {10: [1.0, 1.0], 20: [0.5, 0.5]}
+        assert self.said(low, cheap="pbe").startswith(" Without a network, the linear map makes")
+        assert "the linear map of what the base says makes" in self.said(low)
+        assert self.said(low).startswith(" Without training on them, the ")
+        assert "the base as it is makes" in self.said(low, law="base as it is")
+        assert self.said(low, law="mean").startswith(" Without a network, the mean makes")
+
+    def test_the_error_of_the_difference_is_told_too(self):
+        low = {10: [1.0, 1.0], 20: [0.5, 0.5]}
+        assert "and 0.7 with delta at 20" in self.said(low, cheap="pbe", delta={10: 0.8, 20: 0.7})

@@ -111,20 +111,17 @@ class Label:
 
         Raises `InputError` when one unit cannot be converted to the other.
         """
-        given, wanted = _plain(self.given_unit or ""), _plain(other.unit)
-        if self.quantity in KEYS and (wanted in ("", _plain(self.unit))):
+        if self.quantity in KEYS and (_plain(other.unit) in ("", _plain(self.unit))):
             return self
         per_atom = other.quantity in KEYS and _plain(other.given_unit or "").endswith("/atom")
         same = self.given_unit in (None, other.given_unit) and not per_atom
-        known = {_plain(name): value for name, value in FACTORS["energy"].items()}
-        like = given.endswith("/atom") == wanted.endswith("/atom")
-        if self.quantity in KEYS or not (same or (like and given in known and wanted in known)):
+        factor = other.factor if same else ratio_of_units(self.given_unit or "", other.unit)
+        if self.quantity in KEYS or factor is None:
             own, its = self.given_unit or self.unit or other.given_unit, other.unit or "none was declared"
             raise InputError(
                 f"'{self.quantity}' in {own} cannot be brought to the unit of '{other.quantity}' ({its}): declare "
                 "units of energy for both"
             )
-        factor = other.factor if same else known[given] / known[wanted]
         low, high, rms = (None if x is None else x * factor for x in (self.minimum, self.maximum, self.rms))
         named = replace(self, unit=other.unit, given_unit=self.given_unit or other.given_unit, factor=factor)
         return replace(named, minimum=low, maximum=high, rms=rms)
@@ -555,6 +552,16 @@ def factor(quantity: str, unit: str | None) -> float:
         shown = ", ".join(names[:12]) + ("" if len(names) <= 12 else ", ...")
         raise InputError(f"unknown unit {unit!r} of {quantity}; known are {shown}{_hint(unit, names)}")
     return sign * known[_plain(unit)]
+
+
+def ratio_of_units(given: str, wanted: str) -> float | None:
+    """What numbers in one unit are multiplied by in another; None where these are not two units of energy."""
+    known = {_plain(name): value for name, value in FACTORS["energy"].items()}
+    own, other = _plain(given), _plain(wanted)
+    if own == other:
+        return 1.0
+    like = own.endswith("/atom") == other.endswith("/atom")
+    return known[own] / known[other] if like and own in known and other in known else None
 
 
 def _plain(unit: str) -> str:

@@ -13,6 +13,9 @@ from ..data.columns import blocks, counts_of
 from ..errors import InputError
 from ..references import per_element
 
+ALONE = ("mean", "per-element fit")  # laws of labels alone
+AS_IT_IS = "base as it is"  # the cheap value, where a base says it
+
 
 def baselines(
     labels: Sequence[float] | np.ndarray,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from ..align import and_
 from ..backbones import Backbone
 from ..console import console, results, table
 from ..data.read import Source
@@ -22,17 +23,17 @@ from ..report import need_viewer
 from ..run import write_json
 from ..train import parse_time
 from .bakeoff_page import finite
+from .baselines import ALONE, AS_IT_IS
 from .bounds import both, bound_of
 from .cells import cores
 from .curve_laws import FROM_SCRATCH, MARGIN, Arm, Curves, Goal, goal_of, name_of, summary
-from .curve_page import SPOKEN, has_baselines, page, rows, shown
+from .curve_page import SPOKEN, has_baselines, page, rows, shown, told_of_baselines
 from .curve_study import Study
 from .intervals import compare
 from .laws import short
-from .points import LONG, SCRATCH, TOGETHER
+from .points import DELTA, LONG, TOGETHER
 from .stages import check_options
 
-USUAL = (SCRATCH, "aligned", "full")
 RATES = (2e-3, 5e-4)
 PRETRAINING, TUNING = "5min", "30s"  # of the stages, where nothing else is said
 
@@ -48,7 +49,7 @@ def curve(
     base_objective: Objective | None = None,
     base_sizes: Sequence[int] | None = None,
     backbone: Backbone | None = None,
-    arms: Sequence[str] = USUAL,
+    arms: Sequence[str] | None = None,
     cheap: str | None = None,
     sizes: Sequence[int] | None = None,
     seeds: int = 3,
@@ -87,7 +88,8 @@ def curve(
             default), each for the time `pretraining`.
         base_sizes: numbers of those structures, for a curve over them too; all of them by default.
         backbone: of bases that are pre-trained here, TensorNet(32, 2) by default.
-        arms: "scratch" and any of "scratch_long" (from scratch for the time of both stages), "zero-shot", "aligned",
+        arms: by default "scratch", "aligned" (where bases have the output) and "full"; or "scratch" and any of
+            "scratch_long" (from scratch for the time of both stages), "zero-shot", "aligned",
             "probe", "head", "lora", "full" and "replay" (see `finetune`; at least a tenth of `base_data` is then set
             aside to measure what each arm forgets), or "multi-fidelity": both levels together from the start
             (`Fidelities`), for the time of both stages; or "delta" (see `cheap`).
@@ -183,12 +185,12 @@ def curve(
         "not judged": [name for name in study.wanted if not {name, f"{name}_per_atom"} & curves.units.keys()],
         "verdict by": None if best is None else study.chosen_by(best, points),
         "errors": [row for point in points for row in _rows(point)],
-        "baselines from": f"through the label {cheap}" if cheap else "through what the base says, if anything",
+        "cheap": cheap,
         "baselines": study.baselines(curves.units, fan_out),
         **summary(curves, chosen=best, goal=goal, cost=cost, margin=margin, labels=study.n_pool),
     }  # fmt: skip
     if best is not None:
-        result["verdict"] += _at_one_size(curves, best, goal) + _without_network(result, name_of(best))
+        result["verdict"] += _at_one_size(curves, best, goal) + _without_training(result, name_of(best))
     result = finite(result)
     write_json(study.out / "curve.json", result)
     example = None if best is None else study.example(best, points)
@@ -198,7 +200,7 @@ def curve(
             printed, _ = shown(result, quantity)
             results.print(table(f"Errors of {quantity} ({printed})", rows(result, quantity, ranges=False)))
             if has_baselines(result, quantity):
-                title = f"The same without a network, {result['baselines from']}"
+                title = f"The same {told_of_baselines(result)}"
                 results.print(table(title, rows(result, quantity, "baselines", ranges=False)))
         results.print(Text(result["verdict"]))
         console.print(f"Report: {path.resolve()}")
@@ -236,22 +238,36 @@ def _at_one_size(curves: Curves, arm: Arm, goal: Goal | None) -> str:
     )
 
 
-def _without_network(result: Mapping[str, Any], arm: str) -> str:
-    """A sentence where something without a network is better than the arm of the verdict, at the largest size."""
-    most = max(result["sizes"])
-    laws = {row["arm"] for row in result["baselines"]}
+def _without_training(result: Mapping[str, Any], arm: str) -> str:
+    """A sentence where a fit without training is better than the arm of the verdict, with all seeds: at which sizes."""
+    errors: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in (*result["errors"], *result["baselines"]):
+        name = name_of((row["arm"], row.get("n_pretraining")))
+        errors.setdefault((row["quantity"], name, row["n_train"]), {})[row["seed"]] = row["mae"]
     for quantity in dict.fromkeys(row["quantity"] for row in result["baselines"]):
-        found: dict[str, list[float]] = {}
-        for row in (*result["errors"], *result["baselines"]):
-            if row["quantity"] == quantity and row["n_train"] == most:
-                found.setdefault(name_of((row["arm"], row.get("n_pretraining"))), []).append(row["mae"])
-        means = {name: float(np.mean(errors)) for name, errors in found.items()}
-        law = min(laws & means.keys(), key=means.__getitem__, default=None)
-        if arm in means and law is not None and means[law] < means[arm]:
-            unit, factor = PRINTED.get(result["units"][quantity], (result["units"][quantity], 1.0))
-            numbers = f"{short(factor * means[law])} instead of {short(factor * means[arm])} {unit}".rstrip()
-            spoken = SPOKEN.get(quantity, quantity)
-            return f" Without a network, the {law} makes smaller errors of {spoken} at {most} labels ({numbers})."
+
+        def better(law: str, of: str = quantity) -> list[int]:
+            pairs = {n: (errors.get((of, law, n), {}), errors.get((of, arm, n), {})) for n in result["sizes"]}
+            return [n for n, (own, its) in pairs.items() if its and all(own.get(s, math.inf) < its[s] for s in its)]
+
+        def mean(name: str, n: int, of: str = quantity) -> float:
+            return float(np.mean([*errors.get((of, name, n), {}).values()] or [math.nan]))
+
+        laws = list(dict.fromkeys(row["arm"] for row in result["baselines"] if row["quantity"] == quantity))
+        law = max(laws, key=lambda each: (len(better(each)), -mean(each, result["sizes"][-1])))
+        if not (sizes := better(law)):
+            continue
+        unit, factor = PRINTED.get(result["units"][quantity], (result["units"][quantity], 1.0))
+        numbers = f"{short(factor * mean(law, sizes[-1]))} instead of {short(factor * mean(arm, sizes[-1]))} {unit}"
+        other = mean(DELTA, sizes[-1])
+        delta = f", and {short(factor * other)} with {DELTA}" if math.isfinite(other) and arm != DELTA else ""
+        through = "" if result["cheap"] or law in ALONE else " of what the base says"
+        start = "Without training on them" if through or law == AS_IT_IS else "Without a network"
+        spoken, last = SPOKEN.get(quantity, quantity), f" at {sizes[-1]:,}" if len(sizes) > 1 else ""
+        return (
+            f" {start}, the {law}{through if law != AS_IT_IS else ''} makes smaller errors of {spoken} with "
+            f"{and_([f'{n:,}' for n in sizes])} labels ({numbers.rstrip()}{delta}{last})."
+        )
     return ""
 
 

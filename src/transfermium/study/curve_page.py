@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..data import Labels
 from ..evaluate import PRINTED, Pairs
 from ..report import Column, Page, label_curves, label_row, parity, parity_columns
+from .baselines import AS_IT_IS
 from .bounds import in_words
 from .curve_laws import runs_in_words
 from .laws import UNBOUNDED
@@ -64,7 +65,7 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
         if has_baselines(result, quantity):
             page.table(
                 rows(result, quantity, "baselines"),
-                f"Errors of {name} ({unit}) without a network, {result['baselines from']}",
+                f"Errors of {name} ({unit}) {told_of_baselines(result)}",
             )
         page.table(
             worths(result, quantity, "said"),
@@ -139,6 +140,13 @@ def rows(result: Result, quantity: str, source: str = "errors", ranges: bool = T
 
 def has_baselines(result: Result, quantity: str) -> bool:
     return bool(_arms(result["baselines"], quantity))
+
+
+def told_of_baselines(result: Result) -> str:
+    if result["cheap"]:
+        return f"without a network, through the label {result['cheap']}"
+    through = any(row["arm"] == AS_IT_IS for row in result["baselines"])
+    return "without training on them, through what the base says" if through else "without a network"
 
 
 def worths(result: Result, quantity: str, what: str, source: str = "factors") -> list[dict[str, str]]:

@@ -24,13 +24,13 @@ from ..data.read import Source
 from ..data.sequences import Subset
 from ..data.split import by_key, independent, nested, split
 from ..errors import InputError
-from ..model import Model, copied, load
+from ..model import Model, Output, copied, load
 from ..objectives import Fidelities, Objective, Property
 from ..objectives.together import Parts
 from ..probe import probes
 from ..run import fingerprint
-from ..transfer import weights_fingerprint
-from .baselines import baselines, compositions_of, unlabelled
+from ..transfer import check_known, weights_fingerprint
+from .baselines import AS_IT_IS, baselines, compositions_of, unlabelled
 from .bounds import both, in_words, seconds_of
 from .cells import Cell, run
 from .curve_laws import Arm, in_order, name_of
@@ -57,6 +57,7 @@ from .points import (
 )
 
 ARMS = (SCRATCH, LONG, "zero-shot", "aligned", "probe", "head", "lora", "full", REPLAY, TOGETHER, DELTA)
+USUAL = (SCRATCH, "aligned", "full")
 BASELESS = (SCRATCH, LONG, TOGETHER, DELTA)
 ASIDE = 0.1  # of what bases are pre-trained on, for a ledger, where something is replayed
 FEWEST = 5  # labels of the smallest size
@@ -81,7 +82,7 @@ class Study:
         base_objective: Objective | None,
         base_sizes: Sequence[int] | None,
         backbone: Backbone | None,
-        arms: Sequence[str],
+        arms: Sequence[str] | None,
         cheap: str | None,
         sizes: Sequence[int] | None,
         seeds: int,
@@ -99,7 +100,8 @@ class Study:
         self.named, self.both_named = (label, unit), named  # the second with what is said of the cheap label
         self.bounds: dict[str, Any] = {}
         self.dropped: list[str] = []
-        self.arms = list(dict.fromkeys([SCRATCH, *arms]))
+        self.usual = arms is None
+        self.arms = list(dict.fromkeys([SCRATCH, *(USUAL if arms is None else arms)]))
         if (base is None) == (base_data is None):
             asked = "one of the two" if base is None else "one of them, not both"
             raise InputError(
@@ -177,12 +179,23 @@ class Study:
         """A model as the base of all seeds, saved beside the study under a name that changes with it."""
         found = base if isinstance(base, Model) else load(base)
         own = found.whole(self.part, list(self.objective.labels()))
+        self._check_known(own.outputs, own.backbone.width)
         self.backbone, self.theory_of_base = copied(own.backbone), theory(own.card)
         self.base, self.model = found, f"base-{weights_fingerprint(found)}.safetensors"
         self.said_of_base = (
             f"{base if not isinstance(base, Model) else 'a model'}: what it was trained on is not compared with the "
             "test structures; if it has seen them, its arms look better than they are"
         )
+
+    def _check_known(self, outputs: Mapping[str, Output], width: int) -> None:
+        """Refuse arms that would use what the base does not have, or leave them out where none were asked for."""
+        for arm in tuple(self.arms):
+            try:
+                check_known(arm, self.objective, outputs, width)
+            except InputError:
+                if not self.usual:
+                    raise
+                self.arms.remove(arm)
 
     def write(self) -> None:
         """Put data and base into the folder, once nothing is left to be refused."""
@@ -202,6 +215,8 @@ class Study:
         if self.part is not None and self.part not in parts:
             choose = f"choose among {', '.join(parts)}" if parts else "leave it out"
             raise InputError(f"what bases learn here has no part '{self.part}': {choose}")
+        if not parts:
+            self._check_known(objective.outputs(self.backbone.width), self.backbone.width)
         if wanted := {} if isinstance(objective, Parts) else objective.labels():
             label, unit = self.base_named
             optional = [name for name, needed in wanted.items() if not needed]
@@ -428,6 +443,7 @@ class Study:
             cheap = said[base[seed]] if base else self.known
             through = {"cheap": np.array(cheap["pool"])[members], "test_cheap": cheap["test"]} if cheap else {}
             for law, predicted in baselines(labels[members], own[members], tested, kind=kind, **through).items():
+                law = AS_IT_IS if base and law == "cheap value" else law
                 mae = float(np.mean(np.abs(predicted - wanted) / per))
                 found.append({"arm": law, "n_train": n, "seed": seed, "quantity": quantity, "mae": mae})
         return found

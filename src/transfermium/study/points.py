@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..card import theory
 from ..data import nested, read
+from ..data.labels import UNITS, ratio_of_units
 from ..data.sequences import Subset
 from ..data.split import split
 from ..errors import InputError
@@ -227,12 +228,16 @@ def untouched(
     found = load(_base(folder, model, base)).whole(part, [name])
     if name not in found.outputs or stored_as(found, name) != name:  # the "energy" of a denoising model is none
         return {}
+    given, wanted = found.card.get("quantities", {}).get(name, ["", ""])[1], unit.get(name, "")
+    factor = ratio_of_units(given, wanted) if given and wanted and name not in UNITS else 1.0
+    if factor is None:
+        return {}
     result: dict[str, Any] = {}
     for side, pack in (("pool", pool), ("test", test)):
         labelled = labelled_for(objective, read(packed_at(folder, pack)), label, unit)
         rows = compared(found, objective, labelled, edges)[f"{name}_per_atom" if name == "energy" else name]
         sizes = np.array([len(atoms) if name == "energy" else 1 for atoms in labelled])
-        result[side] = (np.array([float(np.ravel(output)[0]) for _, output in rows]) * sizes).tolist()
+        result[side] = (np.array([float(np.ravel(output)[0]) for _, output in rows]) * sizes * factor).tolist()
     return result
 
 
