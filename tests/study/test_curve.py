@@ -365,10 +365,13 @@ def test_arms_of_which_nothing_is_known_are_named_once():
 @pytest.mark.parametrize("bounded", [True, False])
 def test_what_has_no_bounds_is_not_drawn_as_if_it_were_sure(bounded):
     interval = ("2 to 4", [2.0, 4.0]) if bounded else ("without bounds", [None, None])
-    row = {"n_train": 10, "value": 3.1, "said": f"3.1 ({interval[0]})", "ci": interval[1]}
+    rows = [{"n_train": n, "value": 3.1, "said": f"3.1 ({interval[0]})", "ci": interval[1]} for n in (10, 20)]
     errors = [{"arm": arm, "quantity": "gap"} for arm in ("scratch", "full")]
-    figure = worth_drawn({"errors": errors, "factors": {"gap": {"full": [row]}}}, "gap")
+    figure, of_one_size = (
+        worth_drawn({"errors": errors, "factors": {"gap": {"full": some}}}, "gap") for some in (rows, rows[:1])
+    )
     assert (figure is not None) is bounded
+    assert of_one_size is None
 
 
 class TestCurve:
