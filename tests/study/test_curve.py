@@ -197,6 +197,19 @@ def test_target_errors(text, quantity, error):
     assert goal_of(text, UNITS) == (quantity, pytest.approx(error))
 
 
+def test_target_errors_of_labels_with_a_prefix():
+    assert goal_of("0.3eV", {"gap": "meV"}) == ("gap", pytest.approx(300))
+    assert goal_of("300meV", {"gap": "meV"}) == ("gap", pytest.approx(300))
+
+
+def test_target_errors_of_classes_are_a_percentage():
+    curves = Curves(
+        [{**p, "units": {"gap": "wrong"}} for arm in ("scratch", "full") for p in points(arm, scratch, SIZES)]
+    )
+    told = summary(curves, chosen=("full", None), goal=goal_of(0.2, curves.units), labels=160)["verdict"]
+    assert "20 % wrong" in told
+
+
 def test_target_stresses_are_given_as_they_are_printed():
     assert goal_of("1 GPa", {"stress": "eV/Å^3"}) == ("stress", pytest.approx(1 / 160.21766208))
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..evaluate import PRINTED
 from .laws import Estimate, Fit, fit, fits, short, surfaces
 from .points import DELTA, DIRECT, LONG, SCRATCH, TOGETHER
-from .savings import answer, factors, ratio, saved, scarce, slopes, verdict
+from .savings import answer, error_in_words, factors, ratio, saved, scarce, slopes, verdict
 
 Point = Mapping[str, Any]  # what a cell says of one point
 Arm = tuple[str, int | None]  # its name, and the number of structures of its base
@@ -44,6 +44,10 @@ def goal_of(text: str | float, units: Mapping[str, str]) -> Goal:
         return Goal(next(iter(units)), value)
     for prefix, factor in (("", 1.0), ("m", 1e-3), ("k", 1e3)):
         known = {prefix + own: name for name, own in units.items() if own}
+        if prefix:  # of labels in meV, 0.3 eV
+            bare = {own.removeprefix(prefix): name for name, own in units.items() if own.startswith(prefix)}
+            if unit in bare:
+                return Goal(bare[unit], value / factor)
         known |= {whole.removesuffix("/atom"): name for whole, name in known.items() if whole.endswith("/atom")} | known
         if unit in known:
             return Goal(known[unit], value * factor)
@@ -221,7 +225,7 @@ def _verdict(curves: Curves, chosen: Arm | None, goal: Goal | None, cost: float 
         said += f" Against scratch for as long as both stages: {fair[0].lower()}{fair[1:]}"
     if goal is None:
         return said
-    error, found = f"{short(goal.error)} {unit}".strip(), answer(transfer, scratch)
+    error, found = error_in_words(goal.error, unit), answer(transfer, scratch)
     asked = {"From scratch": scratch} if found != "helps" else {}
     asked |= {f"With {name_of(chosen)}": transfer} if found not in ("hurts", "no") else {}
     told = {side: _at_hand(law.inverse(goal.error), error, labels) for side, law in asked.items()}

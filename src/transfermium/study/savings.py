@@ -25,6 +25,10 @@ class Slopes(NamedTuple):
     answer: str
 
 
+def error_in_words(error: float, unit: str) -> str:
+    return f"{short(100 * error)} % wrong" if unit == "wrong" else f"{short(error)} {unit}".strip()
+
+
 def factors(transfer: Fit, scratch: Fit, sizes: ArrayLike | None = None) -> list[Estimate]:
     """Equivalent-data factor at each size: how many times the labels the other arm needs for the error of this one.
 
@@ -133,7 +137,7 @@ def verdict(
     if found in ("helps", "both") and cost is not None and (most := _most_saved(transfer, scratch, cost)):
         parts.append(most)
     if target is not None:
-        error = f"{short(target)} {unit}".strip()
+        error = error_in_words(target, unit)
         parts.append(f"{error} takes {transfer.inverse(target)} labels instead of {scratch.inverse(target)}")
     return f"{said} ({numbers}){': ' if parts else ''}{'; '.join(parts)}."
 
