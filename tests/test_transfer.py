@@ -651,6 +651,20 @@ class TestUnits:
         assert other["before"] == pytest.approx(1e3 * same["before"], rel=1e-4)
         assert other["after"] == pytest.approx(1e3 * same["after"], rel=1e-4)
 
+    def test_errors_are_those_in_the_unit_of_the_model(self):
+        base = self.base()
+        same, other = alloys(8, seed=4), alloys(8, seed=4)
+        for atoms in other:
+            atoms.info["gap"] *= 1e3
+        given, converted = (
+            tm.evaluate(base, some, unit={"gap": unit}, verbose=False)["gap"]
+            for some, unit in ((same, "eV"), (other, "meV"))
+        )
+        assert converted["mae"] == pytest.approx(given["mae"], rel=1e-6)
+        assert converted["unit"] == "eV"
+        with pytest.raises(tm.InputError, match="is in THz here, and in eV in the model"):
+            tm.evaluate(base, other, unit={"gap": "THz"}, verbose=False)
+
     def test_it_is_said(self, capsys):
         base = self.base()
         structures = alloys(8, seed=4)

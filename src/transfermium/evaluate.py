@@ -21,7 +21,7 @@ from . import distributed
 from .align import and_
 from .console import console, track
 from .data.columns import count_elements, elements, has
-from .data.labels import KEYS, Labelled, Labels, available, resolve
+from .data.labels import KEYS, Labelled, Labels, available, ratio_of_units, resolve
 from .data.load import VALIDATION, Batches, count_edges, plan, rng_of
 from .data.read import Source, read
 from .data.sequences import Subset, spoken
@@ -98,7 +98,8 @@ def evaluate(
     label, unit = _as_in_training(model, given, label or {}, unit or {}, verbose)
     some = len(wanted) > 1 and not objective.differences()
     either = list(wanted) if some else []  # whatever it was trained on, any of its labels can be compared
-    labels = subtractable(given, resolve(given, list(wanted), labels=label, units=unit, optional=either), objective)
+    labels = resolve(given, list(wanted), labels=label, units=unit, optional=either)
+    labels = subtractable(given, _in_units_of(model, labels), objective)
     if wanted and not labels.entries:
         raise InputError(
             f"no structure has any of the labels {', '.join(wanted)}; there are "
@@ -414,6 +415,21 @@ def _as_in_training(
     if used and verbose:
         console.print(f"As in training: {', '.join(used)}", markup=False)
     return labels, units
+
+
+def _in_units_of(model: Model, labels: Labels) -> Labels:
+    """Labels of properties in the units of what they are compared with, where both are known."""
+    entries = []
+    for entry in labels.entries:
+        unit = "" if entry.quantity in KEYS else _unit(model, entry.quantity)
+        factor = ratio_of_units(entry.unit, unit) if entry.unit and unit else 1.0
+        if factor is None:
+            raise InputError(
+                f"'{entry.quantity}' is in {entry.unit} here, and in {unit} in the model, which cannot be converted: "
+                f"give it in {unit}, or, if both are one, declare it so (--unit {entry.quantity}='{unit}')"
+            )
+        entries.append(entry if factor == 1 else entry.times(factor, unit))
+    return Labels(tuple(entries))
 
 
 def _cheap(

@@ -122,9 +122,12 @@ class Label:
                 f"'{self.quantity}' in {own} cannot be brought to the unit of '{other.quantity}' ({its}): declare "
                 "units of energy for both"
             )
+        return replace(self.times(factor, other.unit), given_unit=self.given_unit or other.given_unit)
+
+    def times(self, factor: float, unit: str) -> "Label":
+        """The same label of a property in another unit."""
         low, high, rms = (None if x is None else x * factor for x in (self.minimum, self.maximum, self.rms))
-        named = replace(self, unit=other.unit, given_unit=self.given_unit or other.given_unit, factor=factor)
-        return replace(named, minimum=low, maximum=high, rms=rms)
+        return replace(self, unit=unit, factor=factor, minimum=low, maximum=high, rms=rms)
 
     def passed_over(self, atoms: Atoms) -> list[tuple[Place, str]]:
         """Where a structure has other values under a name of this quantity, from which `value` is not taken."""
