@@ -93,7 +93,7 @@ def test_as_many_labels_as_elements_do_not_make_references_worse_than_none(n: in
         return float(np.abs([e - per_element[z].sum() for z, e in zip(numbers[n:], energies[n:], strict=True)]).mean())
 
     alone = missed(np.full(119, np.mean([e / 4 for e in energies[:n]])))
-    assert missed(references) < 1.05 * alone
+    assert missed(references) < 1.1 * alone
     assert n < 200 or missed(references) < 0.85 * alone
 
 

@@ -40,8 +40,8 @@ def align_references(
     """Fit the references of heads to the residuals of labels, in place, and say what changed.
 
     An energy's references move per element, by least squares with a ridge towards the old ones, all moved by the
-    mean residual per atom, so strong as labels that are left out say; so do the shifts of a sum, of elements without
-    labels by that mean; other heads move by one constant. The scale of a head that was trained on another quantity
+    mean residual per atom (see `references.per_element`); so do the shifts of a sum, of elements without labels by that
+    mean; other heads move by one constant. The scale of a head that was trained on another quantity
     (noise, say) is fitted first. The report has mean absolute residuals before and after, in eV/atom for energies.
 
     Args:

@@ -9,8 +9,7 @@ import numpy as np
 from .nn import LAST_ELEMENT
 
 PENALTIES = np.logspace(-6, 3, 19)  # of moving an element away from the others; one is a label of that element alone
-PARTS = 20  # each left out once
-MOST_JUDGED = 5_000  # labels, which choose the penalty
+RULED_OUT = 3.84  # beyond the least of minus twice the logarithm of a likelihood: the 95 % point of chi squared
 
 
 def fit_references(
@@ -49,8 +48,8 @@ def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
     """One number for each element, whose means over atoms best explain values: a ridge towards the best single number.
 
     Labels about as many as elements determine each of them, and badly: then least squares make large errors on any
-    other composition. So the penalty is the one with the smallest mean absolute error on labels that are left out, a
-    twentieth at a time. Where the smallest one is as good, the fit leaves no trace of it.
+    other composition. So the penalty is the smallest that labels do not rule out (see `chosen_penalty`): next to none
+    with several labels to an element. The smallest of all leaves no trace in the fit.
 
     Args:
         fractions: of the atoms that each element is, (n, n_elements); the rest of a structure, if any, adds nothing.
@@ -61,30 +60,32 @@ def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
     """
     known = fractions.any(axis=1)
     fractions, values = fractions[known], values[known]
-    return _solved(fractions, values, np.array([chosen_penalty(fractions, values)]))[0]
-
-
-def chosen_penalty(fractions: np.ndarray, values: np.ndarray) -> float:
-    """The one of `PENALTIES` with the smallest errors on what is left out; see `per_element`."""
-    judged = np.random.default_rng(0).permutation(len(values))[:MOST_JUDGED]
-    missed = np.zeros(len(PENALTIES))
-    for part in np.array_split(judged, PARTS) if len(judged) > 1 else ():
-        kept = np.setdiff1d(judged, part)
-        found = _solved(fractions[kept], values[kept], PENALTIES)
-        missed += np.abs(values[part] - found @ fractions[part].T).sum(axis=1)
-    nothing = 1e-9 * np.abs(values).sum()  # what rounding makes of errors
-    return float(PENALTIES[np.flatnonzero(missed <= missed.min() + nothing)[0]])
-
-
-def _solved(fractions: np.ndarray, values: np.ndarray, penalties: np.ndarray) -> np.ndarray:
-    """The numbers for each penalty, (n_penalties, n_elements)."""
+    penalty = chosen_penalty(fractions, values)
     share = fractions.sum(axis=1)
     mean = share @ values / (share @ share)  # the best single number
     gram = fractions.T @ fractions
-    sizes, basis = np.linalg.eigh(gram)
-    shrunk = np.maximum(sizes, 0.0) + penalties[:, None]
     wanted = (values - mean * share) @ fractions
-    moved = wanted @ basis / shrunk @ basis.T
-    for _ in range(3):  # refined where the penalty is there to share what labels leave open, and for nothing else
-        moved += np.where(penalties[:, None] == PENALTIES[0], (wanted - moved @ gram) @ basis / shrunk @ basis.T, 0.0)
-    return mean + moved
+    moved = np.zeros(len(gram))
+    for _ in range(4 if penalty == PENALTIES[0] else 1):  # then it only shares what labels leave open
+        moved += np.linalg.solve(gram + penalty * np.eye(len(gram)), wanted - gram @ moved)
+    return np.asarray(mean + moved)
+
+
+def chosen_penalty(fractions: np.ndarray, values: np.ndarray) -> float:
+    """The smallest of `PENALTIES` that the values do not rule out, in what the best single number leaves of them.
+
+    Elements are taken to scatter about that number by a normal distribution, and values about what elements make of
+    them by another: the ratio of their variances is the penalty, whose 95 % interval is that of the likelihood
+    (restricted maximum likelihood). What is learned later makes the second variance smaller than it is now.
+    """
+    share = fractions.sum(axis=1)
+    centered = fractions - np.outer(share, share @ fractions / (share @ share))
+    left = values - share * (share @ values / (share @ share))
+    sizes, basis = np.linalg.eigh(centered.T @ centered)
+    seen = sizes > 1e-12 * max(sizes.max(), 1.0)
+    along = np.square((left @ centered) @ basis[:, seen]) / sizes[seen]
+    spread = sizes[seen] / PENALTIES[:, None] + 1  # variances along each direction, in those of the values
+    rest = max(float(left @ left - along.sum()), 1e-18 * float(values @ values))  # of no direction, or of rounding
+    unlikely = max(len(values) - 1, 1) * np.log(np.maximum((along / spread).sum(axis=1) + rest, 1e-300))
+    unlikely += np.log(spread).sum(axis=1)
+    return float(PENALTIES[np.flatnonzero(unlikely <= unlikely.min() + RULED_OUT)[0]])
