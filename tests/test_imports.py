@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 LAYERS = (  # lowest first; neighbours in a layer may import each other, though never in a circle
     {"errors", "console", "bars"},
-    {"graph", "nn", "optim", "molecules", "observables", "untrusted", "flop"},
+    {"graph", "nn", "optim", "molecules", "observables", "references", "untrusted", "flop"},
     {"messages"},
     {"backbones"},
     {"heads"},

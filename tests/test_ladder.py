@@ -222,5 +222,5 @@ def test_the_command_line_shows_the_table(tmp_path: Path, capsys: pytest.Capture
     taken = table_of(tm.load(tmp_path / "run"))["taken"]
     shown = capsys.readouterr().err
     assert "Rung 4 of 4: full" in shown and f"{taken} ←" in shown
-    assert f"Taken: {taken}, the best of 6 rungs on 4 validation structures" in shown
+    assert f"Taken: {taken}, the best of 4 rungs on 4 validation structures" in shown
     assert (tmp_path / "run" / "report.html").exists()

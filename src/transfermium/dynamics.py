@@ -18,16 +18,6 @@ import safetensors.numpy
 from ase import units
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import (
-    ExternalForce,
-    FixAtoms,
-    FixBondLengths,
-    FixCartesian,
-    FixCom,
-    FixInternals,
-    FixLinearTriatomic,
-    Hookean,
-)
 
 from . import observables
 from .calculator import Calculator
@@ -43,7 +33,7 @@ FASTEST = 0.5  # Å that an atom may move in a step
 HOTTEST = (10.0, 1000.0)  # times the temperature asked for, plus K
 KEPT = {"FixAtoms", "FixCartesian"}  # constraints that extended XYZ holds
 LABELS = {*all_properties, *(name for names in KEYS.values() for name in names)}
-INNER = (FixCom, FixBondLengths, FixLinearTriatomic, FixInternals, ExternalForce)  # act between atoms, not on places
+INNER = {"FixCom", "FixBondLengths", "FixLinearTriatomic", "FixInternals", "ExternalForce"}  # tie no atom to a place
 STRETCHED = 8.0  # times the first volume, or a fraction of it
 
 TAU, TAU_PRESSURE = "100fs", "1ps"  # where none is given
@@ -469,11 +459,11 @@ def _begin_anew(atoms: ase.Atoms) -> None:
 def freedoms_of(atoms: ase.Atoms, engine: str) -> int:
     """Along which the atoms move: all that constraints leave with Langevin, else not those of the whole, unless it is
     held, or was moving in the beginning and no thermostat is there to be misled."""
-    others = [one for one in atoms.constraints if not isinstance(one, FixAtoms | FixCartesian)]
+    others = [one for one in atoms.constraints if _kind(one) not in KEPT]
     left = 3 * len(atoms) - int(fixed(atoms).sum()) - sum(_taken(one, atoms) for one in others)
     if engine == "langevin" or is_held(atoms) or (engine == "verlet" and moves_as_a_whole(atoms)):
         return left
-    if not any(type(one) is FixCom for one in atoms.constraints):  # which has taken them already
+    if not any(_kind(one) == "FixCom" for one in atoms.constraints):  # which has taken them already
         left -= 3
     if atoms.pbc.any():
         return left
@@ -487,14 +477,18 @@ def _taken(constraint: Any, atoms: ase.Atoms) -> int:
         return int(constraint.get_removed_dof(atoms))
     except (AttributeError, NotImplementedError):
         raise InputError(
-            f"md cannot count what {type(constraint).__name__} holds: remove it or choose another constraint"
+            f"md cannot count what {_kind(constraint)} holds: remove it or choose another constraint"
         ) from None
+
+
+def _kind(constraint: Any) -> str:
+    return type(constraint).__name__
 
 
 def is_held(atoms: ase.Atoms) -> bool:
     """Whether constraints tie atoms to places, so that the whole cannot move freely."""
-    free = [one for one in atoms.constraints if type(one) in INNER]
-    free += [one for one in atoms.constraints if isinstance(one, Hookean) and np.size(one.get_indices()) == 2]
+    free = [one for one in atoms.constraints if _kind(one) in INNER]
+    free += [one for one in atoms.constraints if _kind(one) == "Hookean" and np.size(one.get_indices()) == 2]
     return len(free) < len(atoms.constraints)
 
 
@@ -502,7 +496,7 @@ def fixed(atoms: ase.Atoms) -> np.ndarray:
     """Which components of positions cannot change, as far as atoms are fixed one by one: (n_atoms, 3)."""
     found = np.zeros((len(atoms), 3), bool)
     for one in atoms.constraints:
-        if isinstance(one, FixAtoms | FixCartesian):
+        if _kind(one) in KEPT:
             left = np.ones(found.shape)
             one.adjust_forces(atoms, left)
             found |= left == 0
