@@ -678,6 +678,18 @@ class TestUnits:
         with pytest.raises(tm.InputError, match="in eV, and these labels are in cm\\^-1, which cannot be converted"):
             self.tuned(self.base(), "zero-shot", "cm^-1")
 
+    def test_a_probe_is_fitted_anew_whatever_the_unit(self):
+        assert self.tuned(self.base(), "probe", "cm^-1").card["quantities"]["gap"] == ["gap", "cm^-1"]
+
+    def test_an_uncertainty_of_an_earlier_version_is_converted_too(self):
+        base, test = self.base(uncertainty=True), alloys(4, seed=5)
+        base.card["quantities"]["gap_std"][1] = ""
+        before, after = (
+            tm.predict(m, test, verbose=False) for m in (base, self.tuned(base, "zero-shot", uncertainty=True))
+        )
+        old, new = ([atoms.info["gap_std"] for atoms in some] for some in (before, after))
+        assert new == pytest.approx([1e3 * value for value in old], rel=1e-5)
+
     def test_without_a_unit_nothing_is_converted(self):
         base = self.base()
         structures, test = alloys(8, seed=4), alloys(4, seed=5)

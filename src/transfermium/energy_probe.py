@@ -345,9 +345,9 @@ def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
 
     def tried(penalties: Sequence[float], balance: float, held: bool) -> Iterator[Fit]:
         settled = _settled(known, balance, held)
-        normal = {int(k): _normal(settled, int(k)) for k in folds}
+        normal = {int(k): (_normal(settled, int(k)), _anchor(settled, int(k))) for k in folds}
         for penalty in penalties:
-            weights = {k: _solved(each, n, penalty, _anchor(settled)) for k, each in normal.items()}
+            weights = {k: _solved(each, n, penalty, anchor) for k, (each, anchor) in normal.items()}
             yield Fit(penalty, {name: _error(known[name], weights) for name in judged}, balance, held)
 
     def mean(fit: Fit) -> float:
@@ -370,10 +370,12 @@ def _settled(known: Mapping[str, Equations], balance: float, held: bool) -> dict
     }
 
 
-def _anchor(known: Mapping[str, Equations]) -> float:
+def _anchor(known: Mapping[str, Equations], without: int | None = None) -> float:
     """The penalty of moving a reference, in the units of `_normal`; zero where the smallest of all does."""
     own = known.get("energy")
-    return own.anchor * own.weight**2 / len(own.rows) if own and own.anchor > ANCHORS[0] else 0.0
+    if not own or own.anchor <= ANCHORS[0]:
+        return 0.0
+    return own.anchor * own.weight**2 / max(int(np.count_nonzero(own.folds != without)), 1)
 
 
 def _normal(known: Mapping[str, Equations], without: int | None = None) -> np.ndarray:

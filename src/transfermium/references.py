@@ -44,7 +44,7 @@ def fit_shifts(numbers: Sequence[np.ndarray], totals: np.ndarray) -> np.ndarray:
     return found
 
 
-def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
+def per_element(fractions: np.ndarray, values: np.ndarray, ruled_out: float = RULED_OUT) -> np.ndarray:
     """One number for each element, whose means over atoms best explain values: a ridge towards the best single number.
 
     Labels about as many as elements determine each of them, and badly: then least squares make large errors on any
@@ -54,13 +54,14 @@ def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
     Args:
         fractions: of the atoms that each element is, (n, n_elements); the rest of a structure, if any, adds nothing.
         values: (n,).
+        ruled_out: see `chosen_penalty`; zero for the most likely penalty, where nothing is trained afterwards.
 
     Returns:
         (n_elements,).
     """
     known = fractions.any(axis=1)
     fractions, values = fractions[known], values[known]
-    penalty = chosen_penalty(fractions, values)
+    penalty = chosen_penalty(fractions, values, ruled_out)
     share = fractions.sum(axis=1)
     mean = share @ values / (share @ share)  # the best single number
     gram = fractions.T @ fractions
@@ -71,12 +72,13 @@ def per_element(fractions: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.asarray(mean + moved)
 
 
-def chosen_penalty(fractions: np.ndarray, values: np.ndarray) -> float:
+def chosen_penalty(fractions: np.ndarray, values: np.ndarray, ruled_out: float = RULED_OUT) -> float:
     """The smallest of `PENALTIES` that the values do not rule out, in what the best single number leaves of them.
 
     Elements are taken to scatter about that number by a normal distribution, and values about what elements make of
     them by another: the ratio of their variances is the penalty, whose 95 % interval is that of the likelihood
-    (restricted maximum likelihood). What is learned later makes the second variance smaller than it is now.
+    (restricted maximum likelihood). What is learned later makes the second variance smaller than it is now. Where there
+    are no more values than elements, no penalty can be ruled out for being small, and the most likely one is taken.
     """
     share = fractions.sum(axis=1)
     centered = fractions - np.outer(share, share @ fractions / (share @ share))
@@ -88,4 +90,5 @@ def chosen_penalty(fractions: np.ndarray, values: np.ndarray) -> float:
     rest = max(float(left @ left - along.sum()), 1e-18 * float(values @ values))  # of no direction, or of rounding
     unlikely = max(len(values) - 1, 1) * np.log(np.maximum((along / spread).sum(axis=1) + rest, 1e-300))
     unlikely += np.log(spread).sum(axis=1)
-    return float(PENALTIES[np.flatnonzero(unlikely <= unlikely.min() + RULED_OUT)[0]])
+    limit = unlikely.min() + (ruled_out if len(values) - 1 > seen.sum() else 0.0)
+    return float(PENALTIES[np.flatnonzero(unlikely <= limit)[0]])

@@ -257,7 +257,8 @@ def finetune(
     samples = data.samples(objective)
     settled = distributed.from_first(lambda: objective.settled(samples))
     model, kept = _transferred(base, settled, samples, settings.seed, settings.steps == 0)
-    converted = _converted(model, base, settled, data.labels, kept)
+    anew = strategy == "probe" and isinstance(settled, Property)
+    converted = {} if anew else _converted(model, base, settled, data.labels, kept)
     if verbose:
         for name, (old, new) in converted.items():
             console.print(f"The base gives '{name}' in {old}, these labels are in {new}: it is converted")
@@ -412,6 +413,8 @@ def _converted(
     found: dict[str, tuple[str, str]] = {}
     for name in kept:
         (old, given), (quantity, wanted) = before.get(name, ("", "")), now.get(name, ("", ""))
+        if name.endswith("_std"):  # earlier cards had no unit there
+            given = given or before.get(name.removesuffix("_std"), ("", ""))[1]
         if old != quantity or not given or not wanted or given == wanted:
             continue
         factor = ratio_of_units(given, wanted)

@@ -842,6 +842,11 @@ def test_arms_that_bases_have_no_output_for_are_refused_or_left_out(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         usual = {**options, "executor": pool, "arms": None}
         assert curve(volumes(24, 3), tm.Property("dear"), tmp_path / "b", **usual)["arms"] == ["scratch", "full"]
+        for part in (None, "noise"):
+            learned = tm.Together({"gaps": tm.Property("cheap"), "noise": tm.Denoise(0.1)})
+            several = {**usual, "base_objective": learned, "part": part}
+            found = curve(volumes(24, 3), tm.Property("dear"), tmp_path / f"c{part}", **several)
+            assert found["arms"] == ["scratch", "full"]
 
 
 def test_what_a_base_says_in_another_unit_is_converted_for_baselines(tmp_path):

@@ -109,5 +109,5 @@ def _by_element(fractions: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Values per element, whose means over atoms best explain y, (n_elements,); of missing elements the mean."""
     present = np.any(fractions, axis=0)
     values = np.full(fractions.shape[1], y.mean())
-    values[present] = per_element(fractions[:, present], y)
+    values[present] = per_element(fractions[:, present], y, ruled_out=0.0)
     return values

@@ -215,8 +215,9 @@ class Study:
         if self.part is not None and self.part not in parts:
             choose = f"choose among {', '.join(parts)}" if parts else "leave it out"
             raise InputError(f"what bases learn here has no part '{self.part}': {choose}")
-        if not parts:
-            self._check_known(objective.outputs(self.backbone.width), self.backbone.width)
+        width = self.backbone.width
+        learned = [parts[self.part]] if self.part else list(parts.values()) or [objective]
+        self._check_known({name: output for one in learned for name, output in one.outputs(width).items()}, width)
         if wanted := {} if isinstance(objective, Parts) else objective.labels():
             label, unit = self.base_named
             optional = [name for name, needed in wanted.items() if not needed]
