@@ -207,6 +207,21 @@ class TestUnits:
         for unit in ({"gap": "eV"}, {"gap": "eV", "cheap": "eV"}):
             assert same_bits(weights_of(trained(steps=4, unit=unit)), weights_of(plain))
 
+    def test_of_other_structures_too_where_only_the_label_has_a_unit(self, held_out):
+        model = trained(unit={"gap": "eV"})
+        others = both(6, seed=9)
+        right = tm.evaluate(model, others, verbose=False)["gap"]["mae"]
+        for atoms in others:
+            atoms.info["gap"], atoms.info["cheap"] = 1e3 * atoms.info["gap"], 1e3 * atoms.info["cheap"]
+        for unit in ({"gap": "meV"}, {"gap": "meV", "cheap": "meV"}):
+            assert tm.evaluate(model, others, unit=unit, verbose=False)["gap"]["mae"] == pytest.approx(right, rel=1e-6)
+        mixed = both(6, seed=9, factor=1 / Hartree)
+        for atoms in mixed:
+            atoms.info["gap"] *= 1e3
+        model = trained(structures=both(factor=1 / Hartree), unit={"gap": "eV", "cheap": "hartree"})
+        found = tm.evaluate(model, mixed, unit={"gap": "meV"}, verbose=False)["gap"]["mae"]
+        assert found == pytest.approx(right, rel=1e-2)
+
     def test_or_in_a_unit_that_is_declared_and_remembered(self, held_out):
         units = {"gap": "eV", "cheap": "hartree"}
         plain, model = trained(), trained(structures=both(factor=1 / Hartree), unit=units)

@@ -95,7 +95,8 @@ def evaluate(
     if isinstance(objective, Together):
         return _of_parts(model, objective, given, label, unit, edges, device, seed, interval, verbose)
     wanted = objective.labels()
-    label, unit = _as_in_training(model, given, label or {}, unit or {}, verbose)
+    unit = {**_following(model, objective, unit or {}), **(unit or {})}
+    label, unit = _as_in_training(model, given, label or {}, unit, verbose)
     some = len(wanted) > 1 and not objective.differences()
     either = list(wanted) if some else []  # whatever it was trained on, any of its labels can be compared
     labels = resolve(given, list(wanted), labels=label, units=unit, optional=either)
@@ -415,6 +416,13 @@ def _as_in_training(
     if used and verbose:
         console.print(f"As in training: {', '.join(used)}", markup=False)
     return labels, units
+
+
+def _following(model: Model, objective: Objective, unit: Mapping[str, str]) -> dict[str, str]:
+    """Units of cheap labels that had those of their labels in training, where only these are given another now."""
+    declared = {entry["quantity"]: entry["given_unit"] for entry in model.card.get("labels", {}).get("labels", [])}
+    pairs = objective.differences().values()
+    return {minus: unit[name] for name, minus in pairs if name in unit and declared.get(name) == declared.get(minus)}
 
 
 def _in_units_of(model: Model, labels: Labels) -> Labels:
