@@ -849,6 +849,16 @@ def test_arms_that_bases_have_no_output_for_are_refused_or_left_out(tmp_path):
             assert found["arms"] == ["scratch", "full"]
 
 
+def test_units_that_cannot_be_converted_are_refused_before_anything_trains(tmp_path):
+    units = {"unit": {"dear": "eV"}, "base_unit": {"dear": "THz"}, "base_label": {"dear": "cheap"}}
+    with pytest.raises(tm.InputError, match="bases give 'dear' in THz, and these labels are in eV"):
+        curve(
+            volumes(24, 3), tm.Property("dear"), tmp_path / "a", **units,
+            **{**SMALL, **ONE, "base_data": volumes(20, 7), "arms": ["full"], "sizes": [8, 10]},
+        )  # fmt: skip
+    assert not (tmp_path / "a" / "cells").exists()
+
+
 def test_what_a_base_says_in_another_unit_is_converted_for_baselines(tmp_path):
     found = []
     for factor, unit in ((1.0, "eV"), (1e3, "meV")):

@@ -18,6 +18,7 @@ from ..card import theory
 from ..console import console
 from ..data import read, resolve
 from ..data.columns import isolated_atoms
+from ..data.labels import UNITS, ratio_of_units
 from ..data.leakage import summary as leaked
 from ..data.leakage import without
 from ..data.read import Source
@@ -180,6 +181,7 @@ class Study:
         found = base if isinstance(base, Model) else load(base)
         own = found.whole(self.part, list(self.objective.labels()))
         self._check_known(own.outputs, own.backbone.width)
+        self._check_units({name: unit for name, (_, unit) in own.card.get("quantities", {}).items()})
         self.backbone, self.theory_of_base = copied(own.backbone), theory(own.card)
         self.base, self.model = found, f"base-{weights_fingerprint(found)}.safetensors"
         self.said_of_base = (
@@ -196,6 +198,16 @@ class Study:
                 if not self.usual:
                     raise
                 self.arms.remove(arm)
+
+    def _check_units(self, given: Mapping[str, str]) -> None:
+        """Refuse units of what bases learn that cannot be brought to those of the labels."""
+        for name in self.wanted:
+            old, new = given.get(name), self.named[1].get(name)
+            if name not in UNITS and old and new and ratio_of_units(old, new) is None:
+                raise InputError(
+                    f"bases give '{name}' in {old}, and these labels are in {new}, which cannot be converted: declare "
+                    "one unit for both (--unit, --base-unit)"
+                )
 
     def write(self) -> None:
         """Put data and base into the folder, once nothing is left to be refused."""
@@ -216,6 +228,7 @@ class Study:
             choose = f"choose among {', '.join(parts)}" if parts else "leave it out"
             raise InputError(f"what bases learn here has no part '{self.part}': {choose}")
         width = self.backbone.width
+        self._check_units(self.base_named[1])
         learned = [parts[self.part]] if self.part else list(parts.values()) or [objective]
         self._check_known({name: output for one in learned for name, output in one.outputs(width).items()}, width)
         if wanted := {} if isinstance(objective, Parts) else objective.labels():
