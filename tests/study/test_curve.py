@@ -385,6 +385,8 @@ def test_what_has_no_bounds_is_not_drawn_as_if_it_were_sure(bounded):
     )
     assert (figure is not None) is bounded
     assert of_one_size is None
+    vague = {**rows[0], "ci": [None, None]}
+    assert worth_drawn({"errors": errors, "factors": {"gap": {"full": [vague, rows[1]]}}}, "gap") is None
 
 
 class TestCurve:

@@ -223,10 +223,10 @@ def _series(result: Result, quantity: str, scale: float) -> dict[str, Points]:
 
 def worth_drawn(result: Result, quantity: str) -> Figure | None:
     """How many labels from scratch one label is worth with each arm, at equal compute where that was measured, in the
-    colours that the arms have beside it; nothing where that is known at one size, or has no bounds at any."""
+    colours that the arms have beside it; sizes without bounds are left out, and nothing is drawn of one size."""
     series: dict[str, Points] = {arm: [] for arm in _arms(result["errors"], quantity)}
     for arm, found in _factors(result, quantity, "equal compute" if "equal compute" in result else "factors").items():
-        known = [] if _open_ended(found) else [row for row in found if row["value"]]
+        known = [row for row in found if row["value"] and any(end is not None for end in row["ci"])]
         series[arm] = [(row["n_train"], row["value"], *(_or_nan(x) for x in row["ci"]), []) for row in known]
     return (
         label_curves(series, "labels, validation included", "labels from scratch for one")
