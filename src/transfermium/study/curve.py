@@ -240,35 +240,52 @@ def _at_one_size(curves: Curves, arm: Arm, goal: Goal | None) -> str:
 
 def _without_training(result: Mapping[str, Any], arm: str) -> str:
     """A sentence where a fit without training is better than the arm of the verdict, with all seeds: at which sizes."""
-    errors: dict[tuple[str, str, int], dict[int, float]] = {}
+    errors: dict[str, dict[tuple[str, int], dict[int, float]]] = {}  # of each quantity, arm or fit, size and seed
     for row in (*result["errors"], *result["baselines"]):
-        name = name_of((row["arm"], row.get("n_pretraining")))
-        errors.setdefault((row["quantity"], name, row["n_train"]), {})[row["seed"]] = row["mae"]
-    for quantity in dict.fromkeys(row["quantity"] for row in result["baselines"]):
+        case = (name_of((row["arm"], row.get("n_pretraining"))), row["n_train"])
+        errors.setdefault(row["quantity"], {}).setdefault(case, {})[row["seed"]] = row["mae"]
+    fits: dict[str, list[str]] = {}
+    for row in result["baselines"]:
+        fits.setdefault(row["quantity"], []).append(row["arm"])
+    said = (
+        _best_fit(result, quantity, errors[quantity], list(dict.fromkeys(own)), arm) for quantity, own in fits.items()
+    )
+    return next(filter(None, said), "")
 
-        def better(law: str, of: str = quantity) -> list[int]:
-            pairs = {n: (errors.get((of, law, n), {}), errors.get((of, arm, n), {})) for n in result["sizes"]}
-            return [n for n, (own, its) in pairs.items() if its and all(own.get(s, math.inf) < its[s] for s in its)]
 
-        def mean(name: str, n: int, of: str = quantity) -> float:
-            return float(np.mean([*errors.get((of, name, n), {}).values()] or [math.nan]))
+def _best_fit(
+    result: Mapping[str, Any],
+    quantity: str,
+    errors: Mapping[tuple[str, int], Mapping[int, float]],
+    fits: Sequence[str],
+    arm: str,
+) -> str:
+    """Of one quantity: the fit that is better than the arm at most sizes, if there is one."""
 
-        laws = list(dict.fromkeys(row["arm"] for row in result["baselines"] if row["quantity"] == quantity))
-        law = max(laws, key=lambda each: (len(better(each)), -mean(each, result["sizes"][-1])))
-        if not (sizes := better(law)):
-            continue
-        unit, factor = PRINTED.get(result["units"][quantity], (result["units"][quantity], 1.0))
-        numbers = f"{short(factor * mean(law, sizes[-1]))} instead of {short(factor * mean(arm, sizes[-1]))} {unit}"
-        other = mean(DELTA, sizes[-1])
-        delta = f", and {short(factor * other)} with {DELTA}" if math.isfinite(other) and arm != DELTA else ""
-        through = "" if result["cheap"] or law in ALONE else " of what the base says"
-        start = "Without training on them" if through or law == AS_IT_IS else "Without a network"
-        spoken, last = SPOKEN.get(quantity, quantity), f" at {sizes[-1]:,}" if len(sizes) > 1 else ""
-        return (
-            f" {start}, the {law}{through if law != AS_IT_IS else ''} makes smaller errors of {spoken} with "
-            f"{and_([f'{n:,}' for n in sizes])} labels ({numbers.rstrip()}{delta}{last})."
-        )
-    return ""
+    def better(fit: str) -> list[int]:
+        pairs = {n: (errors.get((fit, n), {}), errors.get((arm, n), {})) for n in result["sizes"]}
+        return [n for n, (own, its) in pairs.items() if its and all(own.get(s, math.inf) < its[s] for s in its)]
+
+    def mean(name: str, n: int) -> float:
+        return float(np.mean([*errors.get((name, n), {}).values()] or [math.nan]))
+
+    fit = max(fits, key=lambda each: (len(better(each)), -mean(each, result["sizes"][-1])))
+    if not (sizes := better(fit)):
+        return ""
+    unit, factor = PRINTED.get(result["units"][quantity], (result["units"][quantity], 1.0))
+    numbers = (
+        f"{short(factor * mean(fit, sizes[-1]))} instead of {short(factor * mean(arm, sizes[-1]))} {unit}".rstrip()
+    )
+    other = mean(DELTA, sizes[-1])
+    delta = f", and {short(factor * other)} with {DELTA}" if math.isfinite(other) and arm != DELTA else ""
+    last = f" at {sizes[-1]:,}" if len(sizes) > 1 else ""
+    of_base = not result["cheap"] and fit not in ALONE
+    start = "Without training on them" if of_base else "Without a network"
+    through = " of what the base says" if of_base and fit != AS_IT_IS else ""
+    return (
+        f" {start}, the {fit}{through} makes smaller errors of {SPOKEN.get(quantity, quantity)} with "
+        f"{and_([f'{n:,}' for n in sizes])} labels ({numbers}{delta}{last})."
+    )
 
 
 def _said_most(points: Sequence[Mapping[str, Any]], name: str) -> str:
