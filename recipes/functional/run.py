@@ -19,15 +19,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ase import Atoms
 from common import arguments
+from matplotlib.figure import Figure
 
 import transfermium as tm
 from transfermium.data import split
 from transfermium.run import write_json
 from transfermium.study.curve import curve
-from transfermium.study.curve_page import drawn, worth_drawn
+from transfermium.study.curve_figures import drawn, grown_drawn, worth_drawn
 
 HERE = Path(__file__).parent
 KCAL = "kcal/mol"
+MP = {"functional": "PBE", "u": "as in the Materials Project", "code": "VASP"}
+MAD = {"functional": "PBEsol", "u": "none", "code": "Quantum ESPRESSO"}
+GAPS = {"hse": "HSE", "gllbsc": "GLLB-SC", "scan": "SCAN"}
 WITH_PROBE = ("scratch", "aligned", "probe", "full")
 SMALL = ("alexandria-random-1k", "mpf-TP", "mpf-alkali-TP", "mptrj-random-1k", "random-TP")  # not the highest stress
 
@@ -66,6 +70,7 @@ def molecules(data: Path, do: Callable[..., Any]) -> None:
         "test": test, "base_data": pool, "label": {"ae": "ae_pbe0_kcal"}, "unit": {"ae": KCAL},
         "base_label": {"ae": "ae_dftb3_kcal"}, "base_unit": {"ae": KCAL}, "cheap": "ae_dftb3_kcal",
         "backbone": tm.PaiNN(32, 2), "pretraining": "300s", "tuning": "30s", "folder": "molecules",
+        "provenance": {"functional": "PBE0"}, "base_provenance": {"functional": "DFTB3"},
     }  # fmt: skip
     do(
         "molecules", pool, ae, sizes=[50, 100, 200, 400, 1200, 4800],
@@ -140,6 +145,7 @@ def gaps(data: Path, do: Callable[..., Any]) -> None:
             f"gaps-{name}", own["train"], tm.Property("gap"), folder="gaps", test=own["test"],
             label={"gap": f"gap_{level}"}, unit={"gap": "eV"}, base_data=cheap, base_label={"gap": "gap_pbe"},
             base_unit={"gap": "eV"}, cheap="gap_pbe", backbone=backbone,
+            provenance={"functional": GAPS[level]}, base_provenance={"functional": "PBE"},
             arms=["scratch", "aligned", "probe", "full", "multi-fidelity", "delta"],
             sizes=[n for n in sizes if n <= most], pretraining="60s", tuning="20s",
         )  # fmt: skip
@@ -151,7 +157,7 @@ def elements(data: Path, do: Callable[..., Any]) -> None:
         "elements", data / "mad_pbesol_1000/all.extxyz.xz", tm.Potential(),
         base_data=[data / f"mattersim_benchmarks/{name}.extxyz.xz" for name in SMALL],
         base_sizes=[500, 1400, 4000], sizes=[20, 60, 180, 540], arms=WITH_PROBE, backbone=tm.TensorNet(32, 2),
-        pretraining="240s", tuning="30s", edges=8_000,
+        pretraining="240s", tuning="30s", edges=8_000, provenance=MAD, base_provenance=MP,
     )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def small(data: Path, do: Callable[..., Any]) -> None:
     """The model that ships, PBE with U, and few labels of 85 elements at PBEsol."""
     do(
         "small", data / "mad_pbesol_1000/all.extxyz.xz", tm.Potential(), base="small", arms=WITH_PROBE,
-        sizes=[20, 60, 180, 540], tuning="40s", edges=8_000,
+        sizes=[20, 60, 180, 540], tuning="40s", edges=8_000, provenance=MAD,
     )  # fmt: skip
 
 
@@ -186,12 +192,17 @@ def main() -> None:
         seeds = {"seeds": args.seeds} if args.seeds else {}
         result = curve(structures, objective, out, workers=args.workers, **given | seeds)
         write_json(HERE / f"{name}.json", result)
-        quantity = next(iter(result["units"]))
-        figures = {name: drawn(result, quantity)}
-        if "equal compute" in result and (worth := worth_drawn(result, quantity)):
-            figures[f"{name}-worth"] = worth
+        first, *others = result["units"]
+        figures: dict[str, Figure | None] = {name: drawn(result, first)}
+        figures |= {
+            f"{name}-{quantity.split('_')[0]}": drawn(result, quantity) for quantity in others if folder is None
+        }
+        figures[f"{name}-pretraining"] = grown_drawn(result, first)
+        if "equal compute" in result:
+            figures[f"{name}-worth"] = worth_drawn(result, first)
         for file, figure in figures.items():
-            figure.savefig(HERE / f"{file}.svg", bbox_inches="tight", metadata={"Date": None})
+            if figure is not None:
+                figure.savefig(HERE / f"{file}.svg", bbox_inches="tight", metadata={"Date": None})
 
     for name, study in STUDIES.items():
         if args.only.split("-")[0] in ("", name):

@@ -16,7 +16,7 @@ from ase.data import chemical_symbols
 
 from .data.columns import codes, count_elements
 from .data.labels import Labels
-from .data.provenance import listed
+from .data.provenance import Comparison, listed
 from .data.sequences import Subset
 from .dataset import TrainingData, belonging_to
 from .evaluate import compared, scores
@@ -166,12 +166,14 @@ def theory(card: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def theory_in(known: Comparison) -> str:
+    """The same of the labels that were compared."""
+    return theory({"levels": known.total("level") if known.named else {}, "provenance": known.record()})
+
+
 def theory_of(data: TrainingData) -> str:
     """The same of labels to be learned."""
-    found = {}
-    for part, known in data.provenance.items():
-        levels = known.total("level") if known.named else {}
-        found[part] = theory({"levels": levels, "provenance": known.record()})
+    found = {part: theory_in(known) for part, known in data.provenance.items()}
     return "; ".join(f"{part}: {words}" if part else words for part, words in found.items() if words)
 
 

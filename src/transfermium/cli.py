@@ -270,7 +270,8 @@ def curve(arguments: Arguments) -> None:
     """How many labels pre-training saves: errors against numbers of labels, with intervals."""
     from .study.curve import curve as run
 
-    pairs = _with_pairs(arguments, ("label", "unit", "base_label", "base_unit"))
+    options = ("label", "unit", "provenance")
+    pairs = _with_pairs(arguments, (*options, *(f"base_{option}" for option in options)))
     as_json = pairs.pop("json")
     pairs |= {name: _numbers(name, pairs[name]) for name in ("sizes", "base_sizes")}
     pairs |= {"rates": _numbers("rates", pairs["rates"], float)}
@@ -624,7 +625,10 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     help = "the architecture of bases, a small TensorNet by default"
     parser.add_subclass_arguments(Backbone, "backbone", required=False, default=backbone, help=help)
     parser.add_argument("--out", type=str, required=True, help="folder of the study; the same command resumes")
-    help = "ways to use a base, and scratch; by default scratch,aligned,full (aligned where a base has the output)"
+    help = (
+        "among scratch, scratch_long, zero-shot, aligned, probe, head, lora, full, replay, multi-fidelity, delta; "
+        "by default scratch, aligned (where a base has the output), full, and delta where --cheap is given"
+    )
     parser.add_argument("--arms", nargs="+", type=str, default=None, help=help)
     help = "a cheap label of the same property, for the arm delta and for baselines"
     parser.add_argument("--cheap", type=str, default=None, help=help)
@@ -643,6 +647,10 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument("--cost-per-label", type=str, default=None, help=help)
     parser.add_argument("--margin", type=float, default=0.1, help="of exponents, below which slopes are equal")
     _label_arguments(parser, "base-", " of the base's structures")
+    for of, said in (("", "of the labels, those that are tested too"), ("base-", "of the base's structures")):
+        help = f"use structures at this level of theory only, {said}"
+        parser.add_argument(f"--{of}level", type=str, default=None, help=help)
+        _provenance_argument(parser, of, said)
     parser.add_argument("--viewer", action="store_true", help="test structures beside the parity plot, in the report")
     _study_arguments(parser)
     return parser
@@ -729,10 +737,10 @@ def _label_arguments(parser: Parser, of: str = "", said: str = "") -> None:
         )  # fmt: skip
 
 
-def _provenance_argument(parser: Parser) -> None:
-    help = "what else is known of the labels: functional, u, pseudopotentials, code, corrections"
+def _provenance_argument(parser: Parser, of: str = "", said: str = "of the labels") -> None:
+    help = f"what else is known {said}: functional, u, pseudopotentials, code, corrections"
     parser.add_argument(
-        "--provenance", nargs="+", type=str, action="extend", default=[], metavar="NAME=TEXT", help=help
+        f"--{of}provenance", nargs="+", type=str, action="extend", default=[], metavar="NAME=TEXT", help=help
     )
 
 

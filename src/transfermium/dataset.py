@@ -230,16 +230,14 @@ def _check_levels(provenance: Mapping[str, Comparison], allow_mixed: bool, verbo
     """Refuse labels of several levels of theory for one head, unless that is wanted."""
     for part, comparison in provenance.items():
         of = f"part {part}: " if part else ""
-        field = comparison.differing
-        if field is None:
+        if not comparison.mixed:
             if comparison.ruled and verbose:
                 shown = comparison.spelled("level")
                 console.print(f"{of}PBE and PBE+U by the rule of the Materials Project count as one level: {shown}")
             continue
-        what = "levels of theory" if field == "level" else f"values of '{field}'"
-        mixed = f"{of}labels for one head are of several {what}, {comparison.spelled(field)}"
+        mixed = f"{of}labels for one head are of {comparison.mixed}"
         if not allow_mixed:
-            choose = "choose one with level=NAME (--level NAME), " if field == "level" else ""
+            choose = "choose one with level=NAME (--level NAME), " if comparison.differing == "level" else ""
             raise InputError(
                 f"{mixed}: {choose}make each a part of Together or Fidelities (PART=FILE), or mix them knowingly with "
                 "allow_mixed=True (--allow-mixed)"

@@ -20,9 +20,11 @@ from transfermium.errors import InputError
 from transfermium.model import load
 from transfermium.report import need_viewer
 from transfermium.study.curve import _without_training, curve
+from transfermium.study.curve_figures import grown_drawn, worth_drawn
 from transfermium.study.curve_laws import Curves, goal_of, runs_in_words, summary
-from transfermium.study.curve_page import page, worth_drawn, worths
+from transfermium.study.curve_page import page
 from transfermium.study.curve_study import Study, chosen_sizes, validation_error
+from transfermium.study.curve_tables import forgotten, of_slopes, worths
 from transfermium.study.judged import absolute
 from transfermium.study.points import valid_fraction, validating_in_words
 
@@ -498,6 +500,35 @@ def test_a_base_that_exists(tmp_path):
     assert first["theory"]["base"] == second["theory"]["base"] == "PBE (20)"
 
 
+def test_a_base_that_exists_replays_what_it_generates(tmp_path):
+    base = tm.pretrain(alloys(20, seed=7), tm.Potential(), tm.PaiNN(8, 1, 4.0, 6), steps=4, edges=400, verbose=False)
+    result = small(tmp_path, base=base, **OF_BASES, sizes=[10], seeds=1, arms=["replay"])
+    cell = next(row["cell"] for row in result["errors"] if row["arm"] == "replay")
+    replayed = load(tmp_path / "cells" / cell / "run/model.safetensors").card["history"][-1]["replay"]
+    assert replayed["from"] == "generated"
+
+
+def test_what_was_forgotten_is_shown(tmp_path, capsys):
+    result = small(tmp_path, sizes=[5], seeds=2, arms=["full", "replay"], quiet=False)
+    tables = forgotten(result)
+    assert list(tables) == [
+        f"Errors of {what} on the bases' own task ({unit}), before → after"
+        for what, unit in (("energies", "meV/atom"), ("forces", "meV/Å"), ("stress", "GPa"))
+    ]
+    before, after = (
+        np.mean([
+            1000 * row["forgetting"]["forces"][side]
+            for row in result["errors"] if (row["arm"], row["quantity"]) == ("replay", "forces")
+        ])
+        for side in ("before", "after")
+    )  # fmt: skip
+    forces = tables["Errors of forces on the bases' own task (meV/Å), before → after"]
+    assert forces == [{"labels": "5", "full": forces[0]["full"], "replay": f"{before:.4g} → {after:.4g}"}]
+    assert forces[0]["replay"] in (tmp_path / "report.html").read_text()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "bases' own task" in printed
+
+
 def test_a_budget_is_shared_out_and_drops_the_worse_half(tmp_path, monkeypatch):
     monkeypatch.setattr("transfermium.study.curve_study.LEAST", 0.1)
     shared = {"budget": "5s", "pretraining": None, "tuning": None}
@@ -700,7 +731,7 @@ def test_structures_are_beside_the_parity_plot(study):
         ({"budget": "3s", "pretraining": None, "tuning": None}, "give more time"),
         ({"arms": ["delta"]}, "learned of a property"),
         ({"cheap": "dft"}, "learned of a property"),
-        ({**OF_BASES, "base": "small", "arms": ["replay"]}, "give them as base_data"),
+        ({**OF_BASES, "base": "small", "arms": ["multi-fidelity"]}, "give them as base_data"),
         ({**OF_BASES, "base": "small", "arms": ["scratch_long"]}, "was not measured here"),
         ({"cost_per_label": 0}, "must cost something"),
         ({"cost_per_label": "inf"}, "must cost something"),
@@ -835,6 +866,44 @@ def test_the_page_says_what_is_not_known(study, tmp_path):
     assert "Runs that diverged are left out: full at 5 labels (seed 1)" in told
     assert "no bounds at any size for full, mostly for want of independent test structures." in told
     assert "no bounds at any size for full." in shown({**changes, "scarce": {}})
+
+
+def test_what_structures_to_pretrain_on_are_worth_is_drawn_and_told(study, tmp_path):
+    _, result = study
+    figure = grown_drawn(result, "forces")
+    assert figure.axes[0].get_xlabel() == "structures to pre-train on"
+    drawn = [line.get_xydata() for line in figure.axes[0].lines if len(line.get_xydata()) == 2]
+    errors = {
+        m: np.mean([
+            1000 * row["mae"] for row in result["errors"]
+            if (row["arm"], row["quantity"], row["n_pretraining"], row["n_train"]) == ("full", "forces", m, 16)
+        ])
+        for m in (10, 25)
+    }  # fmt: skip
+    assert any(np.allclose(line, [(m, errors[m]) for m in (10, 25)]) for line in drawn)
+    assert grown_drawn({**result, "pre-training sizes": {}}, "forces") is None
+    slopes = {
+        "labels": [0.4, 0.3, 0.5], "pre-training": [0.1, -0.1, 0.3], "difference": [0.3, 0.05, 0.55], "margin": 0.1,
+        "answer": "not clear",
+    }  # fmt: skip
+    surface = [{"form": "product", "parameters": {"a": 0.4, "b": 0.1}, "ci": {"a": [0.3, 0.5]}, "aicc": -3.0}]
+    grown = {"full": {"forces": {"sizes": [10, 25], "fits": {}, "slopes": slopes, "surface": surface}}}
+    assert of_slopes({"pre-training sizes": grown}) == [
+        "Forces, full: errors fall with the number of labels to the power 0.40 (0.30 to 0.50), with that of structures "
+        "to pre-train on to the power 0.10 (-0.10 to 0.30); the difference is 0.30 (0.05 to 0.55); within a margin of "
+        "0.1 they are: not clear."
+    ]
+    html = page({**result, "pre-training sizes": grown}).write(tmp_path / "report.html").read_text()
+    assert "product *" in html
+    assert "a = 0.40 (0.30 to 0.50)" in html
+
+
+def test_what_a_label_is_worth_is_printed(tmp_path, capsys):
+    result = small(tmp_path, cost_per_label="2h", quiet=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    bounded = [quantity for quantity in result["units"] if worths(result, quantity, "said")]
+    assert printed.count("Labels from scratch that one label is worth (95 %)") == len(bounded)
+    assert printed.count("Hours of calculations saved (95 %)") == len(bounded)
 
 
 def test_arms_that_bases_have_no_output_for_are_refused_or_left_out(tmp_path):

@@ -44,6 +44,15 @@ class Comparison(NamedTuple):
                 return field
         return None
 
+    @property
+    def mixed(self) -> str:
+        """What is of several levels of theory, in words; empty where all that is known agrees."""
+        field = self.differing
+        if field is None:
+            return ""
+        what = "levels of theory" if field == "level" else f"values of '{field}'"
+        return f"several {what}, {self.spelled(field)}"
+
     def spelled(self, field: str) -> str:
         """Values and counts; those of each group where the groups differ."""
         groups = self.counts[field]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from .. import __version__
 from ..align import and_
 from ..backbones import Backbone
 from ..console import console, results, table
@@ -27,8 +28,9 @@ from .baselines import ALONE, AS_IT_IS
 from .bounds import both, bound_of
 from .cells import cores
 from .curve_laws import FROM_SCRATCH, MARGIN, Arm, Curves, Goal, goal_of, name_of, summary
-from .curve_page import SPOKEN, has_baselines, page, rows, shown, told_of_baselines
+from .curve_page import page
 from .curve_study import Study
+from .curve_tables import SPOKEN, forgotten, has_baselines, of_slopes, rows, shown, told_of_baselines, worths
 from .intervals import compare
 from .laws import short
 from .points import DELTA, LONG, TOGETHER
@@ -67,6 +69,10 @@ def curve(
     unit: Mapping[str, str] | None = None,
     base_label: Mapping[str, str] | None = None,
     base_unit: Mapping[str, str] | None = None,
+    level: str | None = None,
+    base_level: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+    base_provenance: Mapping[str, str] | None = None,
     executor: Executor | str | None = None,
     workers: int | None = None,
     viewer: bool = False,
@@ -88,11 +94,11 @@ def curve(
             default), each for the time `pretraining`.
         base_sizes: numbers of those structures, for a curve over them too; all of them by default.
         backbone: of bases that are pre-trained here, TensorNet(32, 2) by default.
-        arms: by default "scratch", "aligned" (where bases have the output) and "full"; or "scratch" and any of
-            "scratch_long" (from scratch for the time of both stages), "zero-shot", "aligned",
-            "probe", "head", "lora", "full" and "replay" (see `finetune`; at least a tenth of `base_data` is then set
-            aside to measure what each arm forgets), or "multi-fidelity": both levels together from the start
-            (`Fidelities`), for the time of both stages; or "delta" (see `cheap`).
+        arms: by default "scratch", "aligned" (where bases have the output), "full", and "delta" with a `cheap` label;
+            or "scratch" and any of "scratch_long" (from scratch for the time of both stages), "zero-shot", "aligned",
+            "probe", "head", "lora", "full" and "replay" (see `finetune`; a tenth of `base_data` is then set aside to
+            measure what each arm forgets; with a finished `base` it is of generated structures), or "multi-fidelity":
+            both levels together from the start (`Fidelities`), for the time of both stages; or "delta" (see `cheap`).
         cheap: name of a cheap label of the same quantity that all structures have, test structures too: the arm "delta"
             learns the difference from it (`Property(minus=...)`), and baselines go through it instead of the base.
         sizes: numbers of labels; by default doubled from ten on, or where that makes fewer than four, four from five to
@@ -101,14 +107,16 @@ def curve(
         test: structures to test on; by default those that `split_key` names ("split", or "fold=0"), or a fifth.
         pretraining, tuning: of the stages: processor time ("5min" and "30s" by default), operations, such as "20TFLOP",
             or "300steps".
-        budget: wall-clock time of the whole study instead, such as "30min"; after each seed the half of the trained
-            arms with the larger validation errors is dropped, scratch never.
+        budget: time of the whole study instead, such as "30min", if each worker has a core; after each seed the half of
+            the trained arms with the larger validation errors is dropped, scratch never.
         rates: learning rates that each trained arm tries.
         edges: most edges in a batch.
         target: an error to reach, such as "43meV/atom".
         cost_per_label: hours, or a time such as "90min", of one expensive calculation.
         margin: difference of exponents below which two slopes are said to be equal.
         label, unit: keys and units of the expensive labels; `base_label`, `base_unit` those of `base_data`.
+        level: use structures at this level of theory only, of those to test on too; `base_level` of `base_data`.
+        provenance: what else is known of the labels, as in `finetune`; `base_provenance` of those of `base_data`.
         executor, workers: where cells are computed; see `cells.run`.
         viewer: show test structures beside the parity plot, which makes the page 1.3 MB larger.
         dry_run: only say how many cells are left to do and how long they take; an empty result is returned.
@@ -128,7 +136,8 @@ def curve(
     if base is not None and base_data is None:
         own = {
             "backbone": backbone, "base_objective": base_objective, "base_sizes": base_sizes,
-            "pretraining": pretraining, "base_label": base_label, "base_unit": base_unit,
+            "pretraining": pretraining, "base_label": base_label, "base_unit": base_unit, "base_level": base_level,
+            "base_provenance": base_provenance,
         }  # fmt: skip
         if unused := [name for name, value in own.items() if value not in (None, {})]:
             raise InputError(f"{unused[0]} is of bases that are pre-trained here: leave it out, or give base_data")
@@ -137,7 +146,7 @@ def curve(
     study = Study(
         structures, objective, Path(out), base, part, base_data, base_objective, base_sizes, backbone, arms, cheap,
         sizes, seeds, test, split_key, rates, edges, (label or {}, unit or {}), (base_label or {}, base_unit or {}),
-        quiet,
+        (level, base_level), (provenance or {}, base_provenance or {}), quiet,
     )  # fmt: skip
     if target is not None:  # what is no error here is said before hours of work
         study.judged = [goal_of(target, study.units()).quantity.removesuffix("_per_atom")]
@@ -164,8 +173,11 @@ def curve(
     result: dict[str, Any] = {
         "settings": {
             **study.bounds, "budget": budget, "rates": list(rates), "edges": edges, "cost per label (h)": cost,
-            "objective": described(objective), "backbone": described(study.backbone),
+            "margin": margin, "split key": split_key, "objective": described(objective),
+            "backbone": described(study.backbone), **_of_bases(study),
+            "labels": {"keys": dict(label or {}), "units": dict(unit or {})}, "transfermium": __version__,
         },
+        "data": study.data,
         "arms": list(dict.fromkeys(name_of(arm) for arm in curves.arms)),
         "sizes": study.sizes,
         "base sizes": study.base_sizes,
@@ -179,7 +191,8 @@ def curve(
         "left out of the labels": study.left_out,
         "base": study.said_of_base,
         "theory": {
-            "labels": _said_most(points, "theory"), "base": study.theory_of_base or _said_most(points, "base theory"),
+            **{side: study.data[side]["level of theory"] for side in ("labels", "test")},
+            "base": study.theory_of_base or _said_of_base(points),
         },
         "dropped": study.dropped,
         "not judged": [name for name in study.wanted if not {name, f"{name}_per_atom"} & curves.units.keys()],
@@ -196,15 +209,31 @@ def curve(
     example = None if best is None else study.example(best, points)
     path = page(result, example, viewer).write(study.out / "report.html")
     if not quiet:
-        for quantity in result["units"]:
-            printed, _ = shown(result, quantity)
-            results.print(table(f"Errors of {quantity} ({printed})", rows(result, quantity, ranges=False)))
-            if has_baselines(result, quantity):
-                title = f"The same {told_of_baselines(result)}"
-                results.print(table(title, rows(result, quantity, "baselines", ranges=False)))
-        results.print(Text(result["verdict"]))
+        _print(result)
         console.print(f"Report: {path.resolve()}")
     return result
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """Errors, what a label is worth, what was forgotten, and the verdict."""
+    for quantity in result["units"]:
+        printed, _ = shown(result, quantity)
+        spoken = SPOKEN.get(quantity, quantity)
+        tables = {f"Errors of {spoken} ({printed})": rows(result, quantity, ranges=False)}
+        if has_baselines(result, quantity):
+            tables[f"The same {told_of_baselines(result)}"] = rows(result, quantity, "baselines", ranges=False)
+        tables["Labels from scratch that one label is worth (95 %)"] = worths(result, quantity, "said")
+        if "equal compute" in result:
+            tables[f"The same against {LONG}"] = worths(result, quantity, "said", "equal compute")
+        tables["Hours of calculations saved (95 %)"] = worths(result, quantity, "hours saved")
+        for title, found in tables.items():
+            if found:
+                results.print(table(title, found))
+    for title, found in forgotten(result).items():
+        results.print(table(title, found))
+    for said in of_slopes(result):
+        results.print(Text(said))
+    results.print(Text(result["verdict"]))
 
 
 def _hours(cost: str | float) -> float:
@@ -288,10 +317,20 @@ def _best_fit(
     )
 
 
-def _said_most(points: Sequence[Mapping[str, Any]], name: str) -> str:
-    """What is known of the origin of labels, of the most of them that any point had."""
-    said = [p[name] for p in sorted(points, key=lambda p: p["n_train"]) if p.get(name) and p["arm"] != TOGETHER]
-    return said[-1] if said else ""
+def _of_bases(study: Study) -> dict[str, Any]:
+    """What bases learn that are pre-trained here."""
+    if study.base_objective is None:
+        return {}
+    keys, units = study.base_named
+    return {
+        "base objective": described(study.base_objective),
+        "base labels": {"keys": dict(keys), "units": dict(units)},
+    }
+
+
+def _said_of_base(points: Sequence[Mapping[str, Any]]) -> str:
+    """What bases know of the origin of their labels, where these are of several parts."""
+    return next((said for p in points if p["arm"] != TOGETHER and (said := p.get("base theory"))), "")
 
 
 def _rows(point: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The page and the tables of a learning curve."""
+"""The page of a learning curve."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
-from matplotlib.figure import Figure
 
-from ..data import Labels
 from ..evaluate import PRINTED, Pairs
-from ..report import Column, Page, label_curves, label_row, parity, parity_columns
-from .baselines import AS_IT_IS
+from ..report import Column, Page, label_row, parity, parity_columns
 from .bounds import in_words
+from .curve_figures import drawn, grown_drawn, worth_drawn
 from .curve_laws import runs_in_words
-from .laws import UNBOUNDED
+from .curve_tables import (
+    SPOKEN,
+    Result,
+    forgotten,
+    has_baselines,
+    of_slopes,
+    rows,
+    shown,
+    told_of_baselines,
+    vague,
+    worths,
+)
+from .manifest import WHAT_FOR, labels_of
 from .points import FEW, LONG, TOGETHER, VALID, validating_in_words
 
-Result = Mapping[str, Any]  # of `curve`, as JSON holds it
-SPOKEN = {"energy_per_atom": "energies"}
 FROM_LAWS = (
     "From laws through the curves; the interval holds other seeds and other test materials, and other laws that are "
     "about as likely, of four or five sizes also the straight lines between them. Nothing is said beyond four times "
@@ -37,7 +45,6 @@ class Example(NamedTuple):
     structures: Sequence[Atoms]
     pairs: Pairs
     units: Mapping[str, str]  # of the quantities that have parity plots
-    labels: Labels
 
 
 def page(result: Result, example: Example | None = None, viewer: bool = False) -> Page:
@@ -70,15 +77,17 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
         page.table(
             worths(result, quantity, "said"),
             f"What a label is worth, by the errors of {name}: equivalent labels from scratch, with 95 % intervals",
-            f"{FROM_LAWS}{_vague(result, quantity, 'factors')}" if any(result["factors"][quantity].values()) else None,
+            f"{FROM_LAWS}{vague(result, quantity, 'factors')}" if any(result["factors"][quantity].values()) else None,
         )
         if "equal compute" in result:
             page.table(
                 worths(result, quantity, "said", "equal compute"),
                 f"The same at equal compute, against {LONG}: equivalent labels from scratch, by the errors of {name}",
-                f"From scratch for as long as both stages together.{_vague(result, quantity, 'equal compute')}",
+                f"From scratch for as long as both stages together.{vague(result, quantity, 'equal compute')}",
             )
         page.table(worths(result, quantity, "hours saved"), f"Hours of calculations saved, by the errors of {name}")
+    for title, table in forgotten(result).items():
+        page.table(table, title, "On structures that were set apart from those that bases learned from.")
     if needed := result.get("labels needed"):
         goal = result["goal"]
         unit = result["units"][goal["quantity"]]
@@ -90,11 +99,7 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     _show_laws(page, result)
     _show_pretraining(page, result)
     _show_method(page, result)
-    known = {"labels": "The labels", "base": "what bases learned"}
-    said = [f"{known[side]}: {words}" for side, words in result["theory"].items() if words]
-    page.text(f"Levels of theory. {'; '.join(said) or 'Nothing is known of them; the structures do not say'}.")
-    if example is not None:
-        page.table([label_row(entry) for entry in example.labels.entries], "Labels of the test structures")
+    _show_data(page, result)
     page.details("All settings", json.dumps(result["settings"], indent=1, ensure_ascii=False))
     return page.numbers(result)
 
@@ -109,134 +114,6 @@ def _unseen(result: Result) -> str:
     if result["base sizes"]:
         return f"{many} that no model has seen"
     return f"{many} (whether the base has seen them is not known)"
-
-
-def drawn(result: Result, quantity: str) -> Figure:
-    """Errors of all arms, and of the best baseline, against the number of labels."""
-    unit, scale = shown(result, quantity)
-    label = f"MAE of {SPOKEN.get(quantity, quantity)} ({unit})"
-    return label_curves(_series(result, quantity, scale), "labels, validation included", label)
-
-
-def shown(result: Result, quantity: str) -> tuple[str, float]:
-    """The unit that errors are printed in, and the factor to it."""
-    unit = result["units"][quantity]
-    return PRINTED.get(unit, (unit or "no unit", 1.0))
-
-
-def rows(result: Result, quantity: str, source: str = "errors", ranges: bool = True) -> list[dict[str, str]]:
-    """A row of each number of labels, a column of each arm, or of each of the "baselines"; in the unit printed."""
-    _, scale = shown(result, quantity)
-    table = []
-    for n in result["sizes"]:
-        row = {"labels": f"{n:,}"}
-        for arm in _arms(result[source], quantity):
-            found = [scale * e for e in _errors(result[source], quantity, arm, n)]
-            span = f" ({min(found):.4g} to {max(found):.4g})" if len(found) > 1 and ranges else ""
-            row[arm] = f"{np.mean(found):.4g}{span}" if found else ""
-        table.append(row)
-    return table
-
-
-def has_baselines(result: Result, quantity: str) -> bool:
-    return bool(_arms(result["baselines"], quantity))
-
-
-def told_of_baselines(result: Result) -> str:
-    if result["cheap"]:
-        return f"without a network, through the label {result['cheap']}"
-    through = any(row["arm"] == AS_IT_IS for row in result["baselines"])
-    return "without training on them, through what the base says" if through else "without a network"
-
-
-def worths(result: Result, quantity: str, what: str, source: str = "factors") -> list[dict[str, str]]:
-    """A row of each number of labels: what each label is worth with each arm ("said"), or the "hours saved".
-
-    Against scratch, or at "equal compute"; without arms whose intervals have no bounds.
-    """
-    table: dict[int, dict[str, str]] = {}
-    for arm, found in _factors(result, quantity, source).items():
-        for row in found if not _open_ended(found) else []:
-            if what in row:
-                said = row[what] if what == "said" else row[what]["said"]
-                table.setdefault(row["n_train"], {"labels": f"{row['n_train']:,}"})[arm] = said
-    return [table[n] for n in sorted(table)]
-
-
-def _factors(result: Result, quantity: str, source: str) -> dict[str, list[dict[str, Any]]]:
-    """Of each arm; at "equal compute" they are kept beside ratios."""
-    found = result[source][quantity]
-    return {arm: entry if source == "factors" else entry["factors"] for arm, entry in found.items()}
-
-
-def _open_ended(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether nothing certain can be said at any size."""
-    return bool(rows) and all(row["said"].endswith(UNBOUNDED) for row in rows)
-
-
-def _vague(result: Result, quantity: str, source: str) -> str:
-    """Arms whose factors have no bounds, and what there is too little of; older results do not say that."""
-    scarce = result.get("scarce", {}).get(quantity, {})
-    if source != "factors":
-        scarce = {arm: entry.get("scarce") for arm, entry in result[source][quantity].items()}
-    arms: dict[str, list[str]] = {}
-    for arm, found in _factors(result, quantity, source).items():
-        if _open_ended(found):
-            lack = scarce.get(arm)
-            arms.setdefault(f", mostly for want of {lack}" if lack else "", []).append(arm)
-    said = "; ".join(f"{', '.join(own)}{why}" for why, own in arms.items())
-    return f" There are no bounds at any size for {said}." if said else ""
-
-
-def _arms(entries: Sequence[Mapping[str, Any]], quantity: str) -> list[str]:
-    return list(dict.fromkeys(_title(e) for e in entries if e["quantity"] == quantity))
-
-
-def _title(entry: Mapping[str, Any]) -> str:
-    many = entry.get("n_pretraining")
-    return str(entry["arm"]) if many is None else f"{entry['arm']} ({many:,})"
-
-
-def _errors(entries: Sequence[Mapping[str, Any]], quantity: str, arm: str, n: int) -> list[float]:
-    return [e["mae"] for e in entries if e["quantity"] == quantity and _title(e) == arm and e["n_train"] == n]
-
-
-Points = list[tuple[float, float, float, float, list[float]]]
-
-
-def _series(result: Result, quantity: str, scale: float) -> dict[str, Points]:
-    """Of each arm, and of the best baseline, the mean and the range of the seeds."""
-    series: dict[str, Points] = {}
-    for source in ("errors", "baselines"):
-        found: dict[str, Points] = {}
-        for arm in _arms(result[source], quantity):
-            for n in result["sizes"]:
-                errors = [scale * e for e in _errors(result[source], quantity, arm, n)]
-                if errors:
-                    found.setdefault(arm, []).append((n, float(np.mean(errors)), min(errors), max(errors), errors))
-        if source == "baselines" and found:
-            best = min(found, key=lambda arm: np.mean([p[1] for p in found[arm]]))
-            found = {best: found[best]}
-        series |= found
-    return series
-
-
-def worth_drawn(result: Result, quantity: str) -> Figure | None:
-    """How many labels from scratch one label is worth with each arm, at equal compute where that was measured, in the
-    colours that the arms have beside it; sizes without bounds are left out, and nothing is drawn of one size."""
-    series: dict[str, Points] = {arm: [] for arm in _arms(result["errors"], quantity)}
-    for arm, found in _factors(result, quantity, "equal compute" if "equal compute" in result else "factors").items():
-        known = [row for row in found if row["value"] and any(end is not None for end in row["ci"])]
-        series[arm] = [(row["n_train"], row["value"], *(_or_nan(x) for x in row["ci"]), []) for row in known]
-    return (
-        label_curves(series, "labels, validation included", "labels from scratch for one")
-        if any(len(points) > 1 for points in series.values())
-        else None
-    )
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _show_example(page: Page, example: Example, viewer: bool) -> None:
@@ -311,27 +188,48 @@ def _percent(value: float | None) -> str:
 
 def _show_pretraining(page: Page, result: Result) -> None:
     grown = result.get("pre-training sizes", {})
-    lines, answers = [], []
+    for quantity in result["units"] if grown else ():
+        if (figure := grown_drawn(result, quantity)) is not None:
+            name = SPOKEN.get(quantity, quantity)
+            page.figure(figure, f"Error of {name} against the number of structures that bases were pre-trained on.")
+    laws, surfaces = [], []
     for arm, quantities in grown.items():
         for quantity, found in quantities.items():
-            spoken = SPOKEN.get(quantity, quantity)
-            for n, laws in found["fits"].items():
-                lines.append(
-                    {
-                        "quantity": spoken,
-                        "arm": arm,
-                        "labels": f"{int(n):,}",
-                        "law": laws[0]["form"],
-                        "exponents": _exponents(laws[0]),
-                    }
-                )
-            if "slopes" in found:
-                s = found["slopes"]
-                answers.append(
-                    f"{spoken}, {arm}: the exponent of labels is {s['labels'][0]:.2f}, that of pre-training structures "
-                    f"{s['pre-training'][0]:.2f}; within a margin of {s['margin']:g} they are: {s['answer']}."
-                )
-    page.table(lines, "Laws of error against number of structures to pre-train on", answers or None)
+            of = {"quantity": SPOKEN.get(quantity, quantity), "arm": arm}
+            for n, own in found["fits"].items():
+                laws.append({**of, "labels": f"{int(n):,}", "law": own[0]["form"], "exponents": _exponents(own[0])})
+            for rank, law in enumerate(found.get("surface", [])):
+                form = law["form"] + (" *" if rank == 0 else "")
+                surfaces.append({**of, "law": form, "AICc": law["aicc"], "exponents": _exponents(law)})
+    page.table(laws, "Laws of error against number of structures to pre-train on", of_slopes(result) or None)
+    page.table(
+        surfaces,
+        "Laws of both numbers, n of labels and m of structures to pre-train on; * has the least AICc",
+        "product: A n^-a (1 + m / n_0)^-b. sum: C + A n^-a + B m^-b.",
+    )
+
+
+def _show_data(page: Page, result: Result) -> None:
+    """The sets of the study, and their labels."""
+    data = result.get("data", {})  # older results have none
+    sets, labels = [], []
+    for side, known in data.items():
+        sets.append(
+            {
+                "set": WHAT_FOR[side],
+                "structures": f"{known['structures']:,}",
+                "atoms": f"{known['atoms']:,}",
+                "elements": " ".join(known["elements"]),
+                "level of theory": known["level of theory"] or "not said",
+                "files": ", ".join(known["files"]),
+                "fingerprint": known["fingerprint"],
+            }
+        )
+        labels += [{"set": WHAT_FOR[side], **label_row(entry)} for entry in labels_of(known).entries]
+    page.table(sets, "Structures")
+    page.table(labels, "Their labels")
+    if "base" not in data:
+        page.text(f"Level of theory of the base: {result['theory']['base'] or 'not said'}.")
 
 
 def _show_method(page: Page, result: Result) -> None:

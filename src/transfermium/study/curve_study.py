@@ -16,11 +16,12 @@ from ase import Atoms
 from ..backbones import Backbone, TensorNet
 from ..card import theory
 from ..console import console
-from ..data import read, resolve
+from ..data import Labels, read, resolve
 from ..data.columns import isolated_atoms
 from ..data.labels import UNITS, ratio_of_units
 from ..data.leakage import summary as leaked
 from ..data.leakage import without
+from ..data.provenance import checked
 from ..data.read import Source
 from ..data.sequences import Subset
 from ..data.split import by_key, independent, nested, split
@@ -37,6 +38,8 @@ from .cells import Cell, run
 from .curve_laws import Arm, in_order, name_of
 from .curve_page import Example
 from .judged import labelled_for, tested
+from .levels import at, only_level
+from .manifest import WHAT_FOR, Manifest, manifest
 from .plan import Packs, Target, divided
 from .points import (
     CHEAP,
@@ -93,16 +96,20 @@ class Study:
         edges: int,
         named: tuple[Mapping[str, str], Mapping[str, str]],
         base_named: tuple[Mapping[str, str], Mapping[str, str]],
+        levels: tuple[str | None, str | None],
+        provenance: tuple[Mapping[str, str], Mapping[str, str]],
         quiet: bool,
     ):
         self.out, self.objective, self.part, self.seeds = out, objective, part, seeds
+        own, of_base = (checked(said).get("", {}) for said in provenance)
         self.rates, self.edges, self.base_named, self.cheap = rates, edges, base_named, cheap
         label, unit = ({k: v for k, v in pairs.items() if k != cheap} for pairs in named)
         self.named, self.both_named = (label, unit), named  # the second with what is said of the cheap label
         self.bounds: dict[str, Any] = {}
         self.dropped: list[str] = []
         self.usual = arms is None
-        self.arms = list(dict.fromkeys([SCRATCH, *(USUAL if arms is None else arms)]))
+        usual = USUAL if cheap is None else (*USUAL, DELTA)
+        self.arms = list(dict.fromkeys([SCRATCH, *(usual if arms is None else arms)]))
         if (base is None) == (base_data is None):
             asked = "one of the two" if base is None else "one of them, not both"
             raise InputError(
@@ -127,8 +134,8 @@ class Study:
         self.wanted = [name for name in objective.labels() if name != getattr(objective, "minus", None)]
         self.judged = self.wanted  # what arms are chosen by, the most important first
 
-        if base_data is None and (needy := {REPLAY, TOGETHER} & set(self.arms)):
-            raise InputError(f"the arm '{min(needy)}' learns the base's structures too: give them as base_data")
+        if base_data is None and TOGETHER in self.arms:
+            raise InputError(f"the arm '{TOGETHER}' learns the base's structures too: give them as base_data")
         if base_data is None and LONG in self.arms:
             raise InputError(
                 f"the arm '{LONG}' trains as long as both stages took, but what a finished base took was not measured "
@@ -143,11 +150,19 @@ class Study:
             raise InputError("the arm 'delta' learns the difference from a cheap label: name it as cheap (--cheap)")
         if split_key is not None and test is not None:
             raise InputError("test structures are given, and named by a key too: leave one out")
+        sources = structures, structures if test is None else test
+        structures = at(levels[0], read(structures), "structures")
         if split_key is not None:
-            structures, test = _by(split_key, read(structures))
+            structures, test = _by(split_key, structures)
+        elif test is not None:
+            test = at(levels[0], read(test), "test structures")
         structures, test = _bonded(structures), None if test is None else _bonded(test)
         pool, tests, self.left_out, self.tolerance = divided("target", Target(structures, objective, test, *self.named))
         self.n_pool, self.n_test = len(pool), len(tests)
+        self.data: dict[str, Manifest] = {}
+        for side, some, source in (("labels", pool, sources[0]), ("test", tests, sources[1])):
+            theory = only_level({WHAT_FOR[side]: some}, objective, label, unit, own)
+            self.data[side] = manifest(some, source, labelled_for(objective, some, label, unit).labels, theory)
         if self.n_test < 2:
             raise InputError("one test structure gives no interval: give several (--test)")
         self.groups = independent(tests).tolist()
@@ -169,12 +184,13 @@ class Study:
         self.model: str | None = None
         self.base_sizes: list[int] = []
         self.leaks = self.theory_of_base = ""
+        self.base_objective: Objective | None = None
         if base is not None:
             self._take(base)
         else:
             assert base_data is not None
             self.backbone = TensorNet(32, 2) if backbone is None else backbone
-            self._prepare(read(base_data), base_objective or objective, base_sizes, tests, quiet)
+            self._prepare(base_data, levels[1], base_objective or objective, base_sizes, of_base, tests, quiet)
 
     def _take(self, base: str | Path | Model) -> None:
         """A model as the base of all seeds, saved beside the study under a name that changes with it."""
@@ -217,12 +233,15 @@ class Study:
 
     def _prepare(
         self,
-        data: Sequence[Atoms],
+        source: Source,
+        level: str | None,
         objective: Objective,
         sizes: Sequence[int] | None,
+        provenance: Mapping[str, str],
         tests: Sequence[Atoms],
         quiet: bool,
     ) -> None:
+        data = at(level, read(source), "structures to pre-train on")
         parts = objective.parts if isinstance(objective, Parts) else {}
         if self.part is not None and self.part not in parts:
             choose = f"choose among {', '.join(parts)}" if parts else "leave it out"
@@ -244,6 +263,8 @@ class Study:
         self.leaks = leaked(found, len(data))
         if not len(kept):
             raise InputError("every structure to pre-train on is also in the test set: there is nothing to learn from")
+        if wanted:  # parts may be of several levels; pre-training compares the labels of each
+            self.theory_of_base = only_level({WHAT_FOR["base"]: kept}, objective, *self.base_named, provenance)
         self.ledger: str | None = None
         aside = ""
         if REPLAY in self.arms:
@@ -258,6 +279,8 @@ class Study:
                 f"{aside and f' ({aside})'}: ask for fewer"
             )
         self.base_objective, self.base_pack, self.n_base = objective, self.packs.add("base", kept), len(kept)
+        own = labelled_for(objective, kept, *self.base_named).labels if wanted else Labels(())
+        self.data["base"] = manifest(kept, source, own, self.theory_of_base)
         many = " or ".join(f"{n:,}" for n in self.base_sizes)
         self.said_of_base = f"pre-trained on {many} structures, anew for each seed"
         if not quiet:
@@ -327,7 +350,7 @@ class Study:
         if arm == DELTA:
             arguments |= {"objective": copied(self.objective, minus=self.cheap)}
             arguments |= {"label": dict(self.both_named[0]), "unit": dict(self.both_named[1])}
-        if arm in (REPLAY, TOGETHER):
+        if arm in (REPLAY, TOGETHER) and self.base_sizes:
             arguments["old"] = {
                 "data": self.base_pack, "objective": self.base_objective, "label": dict(self.base_named[0]),
                 "unit": dict(self.base_named[1]),
@@ -429,9 +452,9 @@ class Study:
         folder = self.cell(case, most["n_train"], most["seed"], most["lr"]).folder(self.out)
         model = load(folder / "run/model.safetensors").whole(DEAR if case[0] == TOGETHER else None)
         named = self.both_named if case[0] == DELTA else self.named
-        pairs, labels = tested(model, self.test_atoms, *named)
+        pairs = tested(model, self.test_atoms, *named)
         units = {name: unit for name, unit in most["units"].items() if unit != "wrong"}
-        return Example(name_of(case), most["n_train"], self.test_atoms, pairs, units, labels)
+        return Example(name_of(case), most["n_train"], self.test_atoms, pairs, units)
 
     # ---------------------------------------------------------------------------------------------------- baselines
 

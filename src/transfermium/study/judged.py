@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from torch import Tensor, zeros_like
 
-from ..data import Labelled, Labels, resolve
+from ..data import Labelled, resolve
 from ..data.columns import count_elements
 from ..dataset import subtractable
 from ..evaluate import Pairs, compared, objective_of, output_of, without_reference
@@ -23,16 +23,13 @@ def errors_of(
     model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Of each quantity the mean absolute error of each structure (of classes 0 or 1), and its unit."""
-    return absolute(model, tested(model, structures, label, unit)[0])
+    return absolute(model, tested(model, structures, label, unit))
 
 
-def tested(
-    model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]
-) -> tuple[Pairs, Labels]:
-    """Labels and predictions of every test structure, and what is known of the labels."""
+def tested(model: Model, structures: Sequence[Atoms], label: Mapping[str, str], unit: Mapping[str, str]) -> Pairs:
+    """Labels and predictions of every test structure."""
     objective = objective_of(model).comparable()
-    labelled = labelled_for(objective, structures, label, unit)
-    return compared(model, objective, labelled, 10_000), labelled.labels
+    return compared(model, objective, labelled_for(objective, structures, label, unit), 10_000)
 
 
 def absolute(model: Model, pairs: Pairs) -> tuple[dict[str, list[float]], dict[str, str]]:

@@ -26,6 +26,8 @@ from ..transfer import check_together
 from .bounds import both, bound_of, plain
 from .cells import Cell, cut
 from .judged import labelled_for
+from .levels import only_level
+from .manifest import WHAT_FOR
 from .ranking import LONG, SCRATCH
 from .stages import pretrained, tuned
 
@@ -308,6 +310,10 @@ def divided(name: str, target: Target) -> Divided:
         raise InputError(
             f"{name} has {len(pool)} labelled structures to train on and {len(test)} to test on: too few{left}"
         )
+    try:
+        only_level({WHAT_FOR["labels"]: pool, WHAT_FOR["test"]: test}, target.objective, target.label, target.unit)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     return Divided(pool, test, said, tolerance)
 
 

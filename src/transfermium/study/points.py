@@ -105,7 +105,7 @@ def point(
 
     Args:
         old: the base's structures ("data"), its "objective", "label" and "unit", for arms that learn of them too; of
-            these structures as many as the base was given ("n", or all).
+            these structures as many as the base was given ("n", or all). Without them replay generates its own.
         ledger: structures on which it is measured what a base forgot.
         guess: reference energies of elements that no label has, of arms without a base that knows them; those of bases
             move with the others (`unseen="group"`).
@@ -131,7 +131,7 @@ def point(
             trained, prior = _jointly(folder, chosen, objective, architecture, n_train, old or {}, options)
         else:
             if arm == REPLAY:
-                options["replay"] = _learned_before(folder, old or {}, seed)
+                options["replay"] = "generated" if old is None else _learned_before(folder, old, seed)
             if ledger is not None:
                 options["ledger"] = read(packed_at(folder, ledger))
             if arm in UNTRAINED:  # what it fits is no matter of steps or of their rate
@@ -151,7 +151,7 @@ def point(
     errors, units = errors_of(trained, tests, label, unit)
     return {
         **said, **_forgotten(trained), "steps": cost["steps"], "train_seconds": cost["seconds"],
-        "test_ids_sha": ids, "units": units, "theory": theory(trained.card),
+        "test_ids_sha": ids, "units": units,
         "base theory": "" if base is None else base.result.get("theory", ""),
         "pretrain_seconds": _before(trained),
         "validation": {name: found.get("mae", found.get("cross_entropy")) for name, found in validation.items()},
