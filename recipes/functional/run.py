@@ -133,16 +133,18 @@ def gaps(data: Path, do: Callable[..., Any]) -> None:
     everything = tm.read(data / "mp_gap_multifidelity/all.extxyz.xz")
     sides = {side: [a for a in everything if a.info["split"] == side] for side in ("train", "test")}
     cheap = [a for a in sides["train"] if "gap_pbe" in a.info]
-    tensornet, sizes = tm.TensorNet(32, 2), [40, 160, 640]
-    for name, backbone, level, most in (
-        ("TensorNet-hse", tensornet, "hse", 640), ("CGAT-hse", tm.CGAT(), "hse", 640),
+    sizes = [40, 160, 640]
+    tensornet = tm.TensorNet(32, 2), tm.Property("gap")
+    cgat = tm.CGAT(), tm.Property("gap", pooling="composition", uncertainty=True)  # the head and loss that belong to it
+    for name, (backbone, objective), level, most in (
+        ("TensorNet-hse", tensornet, "hse", 640), ("CGAT-hse", cgat, "hse", 640),
         ("TensorNet-gllbsc", tensornet, "gllbsc", 640), ("TensorNet-scan", tensornet, "scan", 160),
     ):  # fmt: skip
         own = {
             side: [a for a in some if f"gap_{level}" in a.info and "gap_pbe" in a.info] for side, some in sides.items()
         }
         do(
-            f"gaps-{name}", own["train"], tm.Property("gap"), folder="gaps", test=own["test"],
+            f"gaps-{name}", own["train"], objective, folder="gaps", test=own["test"],
             label={"gap": f"gap_{level}"}, unit={"gap": "eV"}, base_data=cheap, base_label={"gap": "gap_pbe"},
             base_unit={"gap": "eV"}, cheap="gap_pbe", backbone=backbone,
             provenance={"functional": GAPS[level]}, base_provenance={"functional": "PBE"},
