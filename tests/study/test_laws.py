@@ -215,3 +215,13 @@ def test_a_curve_too_flat_to_cross_has_no_end() -> None:
 def test_what_cannot_be_told_is_said(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_an_exponent_at_the_end_of_what_is_allowed_has_no_interval():
+    n, m = (each.ravel() for each in np.meshgrid([10, 20, 40, 80], [30, 60, 120]))
+    grows = np.log(n**-0.4 * m**0.2)[None] + 0.01 * np.random.default_rng(0).normal(size=(3, len(n)))
+    (law,) = surfaces(n, m, np.exp(grows), forms=["sum"])
+    assert law.parameters["b"] in (pytest.approx(0.02), pytest.approx(5.0))
+    recorded = law.record()["ci"]
+    assert np.isnan(recorded["b"]).all()
+    assert recorded["a"][0] < 0.4 < recorded["a"][1]

@@ -177,7 +177,7 @@ def _show_laws(page: Page, result: Result) -> None:
 def _exponents(law: Mapping[str, Any]) -> str:
     said = []
     for name, (low, high) in law["ci"].items():
-        bounds = f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else ""
+        bounds = f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else " (not determined)"
         said.append(f"{name} = {law['parameters'][name]:.2f}{bounds}")
     return ", ".join(said)
 

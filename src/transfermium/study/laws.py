@@ -139,8 +139,11 @@ class Fit:
         return math.expm1(float((predicted - self.logs[:, ~left].mean(axis=0)).mean()))
 
     def record(self) -> dict[str, Any]:
-        """What a results file keeps."""
-        exponents = {name: list(self.interval(name)[1:]) for name in self.weights}
+        """What a results file keeps; exponents at the end of what a form allows have no interval there (NaN)."""
+        known = {
+            name: self.interval(name) if self._inside(name) else Interval(*[math.nan] * 3) for name in self.weights
+        }
+        exponents = {name: [found.low, found.high] for name, found in known.items()}
         return {
             "form": self.form,
             "parameters": self.parameters,
@@ -148,6 +151,12 @@ class Fit:
             "aicc": self.aicc,
             "extrapolation": self.extrapolation,
         }
+
+    def _inside(self, name: str) -> bool:
+        """Whether an exponent is found within its bounds; at one, nothing moves it, and it would look certain."""
+        form = FORMS[self.form]
+        low, high = form.bounds(self.points, self.logs.mean(axis=0))[form.names.index(name)]
+        return low + 1e-9 < self.parameters[name] < high - 1e-9
 
     def _at(self, n: ArrayLike, n_pretraining: ArrayLike | None) -> np.ndarray:
         if (n_pretraining is None) != (len(self.points) == 1):
