@@ -27,6 +27,7 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
         "equivariance",
         "jacobian",
         "evaluate",
+        "levels",
         "features",
         "ladder",
         "probe",

@@ -30,6 +30,7 @@ from .dataset import subtractable
 from .errors import InputError
 from .graph import to_batch, to_graph
 from .heads import EnergyHead
+from .levels import apart
 from .model import Model, check_file, load, rebuilt, stored_as, write_whole
 from .objectives import Objective, Together
 from .objectives.base import has_volume
@@ -111,6 +112,11 @@ def evaluate(
         console.print("[yellow]The model was trained on these structures: on others it may err more[/yellow]")
     if verbose and labels.entries:
         console.print(labels.table())
+    if verbose and (other := apart(model.card, objective, given, labels)) and other.wholly:
+        console.print(
+            f"The {other.told('model')}: errors have the difference between levels in them",
+            style="yellow", markup=False,
+        )  # fmt: skip
     if verbose and (lacking := without_reference(model, np.flatnonzero(count_elements(given)))):
         console.print(
             f"[yellow]No label that this model learned from has {and_(lacking)}: errors of energies with these "

@@ -21,6 +21,7 @@ from .data.split import IDS, split
 from .dataset import TrainingData
 from .errors import InputError
 from .evaluate import PRINTED, _as_in_training, objective_of, predict, unseen_elements
+from .levels import apart, learned_levels
 from .model import Model, copied, described
 from .objectives import Objective, Potential, Together
 from .objectives.together import Parts
@@ -108,16 +109,20 @@ def beside(
     ledger: Source | None,
     config: TrainConfig,
     verbose: bool,
+    allow_mixed: bool = False,
 ) -> tuple[Beside, Ledger | None]:
     """Join the base's task to the new one, whose model shares its weights with the result.
 
     Heads of both start as they are: those of `model` aligned, those of the base as it has them. The smaller of the two
     sets is repeated, so that batches have about as many structures of each. Structures that match `held_out` or
     `ledger` are left out. Without `ledger` at least a tenth of the structures is set aside for one.
+
+    Raises:
+        InputError: for labels at a level of theory that the base did not learn, unless `allow_mixed`.
     """
     task = _task(base)
     base = copy.deepcopy(base).to(chosen_device(config.device))
-    given, aside, said = _given(base, task, data, replay, ledger is None, config, verbose)
+    given, aside, said = _given(base, task, data, replay, ledger is None, config, verbose, allow_mixed)
     named = ({}, {}) if replay.pseudo else _as_in_training(base, given, {}, {}, verbose)
     task = _with_labels(task, given, *named)
     label, unit = ({k: v for k, v in pairs.items() if k in task.labels()} for pairs in named)
@@ -128,8 +133,9 @@ def beside(
         )
     try:
         old = TrainingData(
-            given, task, None, 0.0, "auto", None, label, unit, away if len(away) else None, config.seed, verbose
-        )
+            given, task, None, 0.0, "auto", None, label, unit, away if len(away) else None, config.seed, verbose,
+            allow_mixed=allow_mixed or len(learned_levels(base.card)) > 1,
+        )  # fmt: skip
     except InputError as error:
         raise InputError(f"replay: {error}") from None
 
@@ -150,7 +156,8 @@ def beside(
             "weight": replay.weight,
         },
     )
-    return found, None if aside is None else Ledger(base, aside, config, said, pseudo=replay.pseudo)
+    own = None if aside is None else Ledger(base, aside, config, said, replay.pseudo, allow_mixed)
+    return found, own
 
 
 class Ledger:
@@ -160,9 +167,19 @@ class Ledger:
         structures: with labels of that task, found and converted as those it was trained on.
         said: where they are from.
         pseudo: the base made the labels, so that it has no error before.
+        allow_mixed: labels may be at a level of theory that the base did not learn, which is refused otherwise.
     """
 
-    def __init__(self, base: Model, structures: Source, config: TrainConfig, said: str = "given", pseudo: bool = False):
+    def __init__(
+        self,
+        base: Model,
+        structures: Source,
+        config: TrainConfig,
+        said: str = "given",
+        pseudo: bool = False,
+        allow_mixed: bool = False,
+        verbose: bool = False,
+    ):
         task = _task(base).comparable()
         self.base = copy.deepcopy(base).to(chosen_device(config.device))
         self.config = config
@@ -175,6 +192,9 @@ class Ledger:
             raise InputError(
                 f"ledger: no structure has {' or '.join(wanted)}, what the base learned: give structures labelled so"
             )
+        if not pseudo:
+            other = "or measure errors at another one knowingly with"
+            _check_levels("ledger", base, task, given, labels, other, allow_mixed, verbose)
         members = np.setdiff1d(np.arange(len(given)), isolated_atoms(given))
         self.structures = Subset(Labelled(given, labels), members)
         self.task = task
@@ -274,7 +294,14 @@ def _task(base: Model) -> Objective:
 
 
 def _given(
-    base: Model, task: Objective, data: TrainingData, replay: Replay, divide: bool, config: TrainConfig, verbose: bool
+    base: Model,
+    task: Objective,
+    data: TrainingData,
+    replay: Replay,
+    divide: bool,
+    config: TrainConfig,
+    verbose: bool,
+    allow_mixed: bool,
 ) -> tuple[Sequence[ase.Atoms], Sequence[ase.Atoms] | None, str]:
     """Structures to replay, those set aside for a ledger, and where these are from; with the base's labels where they
     are asked for."""
@@ -291,6 +318,11 @@ def _given(
                 f"[yellow]Replay leaves out {left} structures with elements that are new to the base[/yellow]"
             )
         given = Subset(given, known)
+    else:
+        label, unit = _as_in_training(base, given, {}, {}, False)
+        labels = resolve(given, list(task.labels()), labels=label, units=unit, optional=list(task.labels()))
+        other = "or pseudo=True (--pseudo) for labels made by the base, or learn both with one head knowingly with"
+        _check_levels("replay", base, task, given, labels, other, allow_mixed, verbose)
 
     sides: list[Sequence[ase.Atoms]] = [given]
     said = ""
@@ -305,6 +337,28 @@ def _given(
         options: dict[str, Any] = {"edges": config.edges, "device": config.device, "verbose": verbose}
         sides = [predict(base, side, **options) for side in sides]
     return sides[0], sides[1] if len(sides) > 1 else None, said
+
+
+def _check_levels(
+    what: str,
+    base: Model,
+    task: Objective,
+    structures: Sequence[ase.Atoms],
+    labels: Labels,
+    other: str,
+    allow_mixed: bool,
+    verbose: bool,
+) -> None:
+    """Refuse labels at a level of theory that the base did not learn, unless that is wanted."""
+    found = apart(base.card, task, structures, labels)
+    if found is None:
+        return
+    if not allow_mixed:
+        raise InputError(
+            f"{what}: {found.told('base')}: give structures at that level, {other} allow_mixed=True (--allow-mixed)"
+        )
+    if verbose:
+        console.print(f"{what}: {found.told('base')}, as was allowed", style="yellow", markup=False)
 
 
 def _with_labels(

@@ -192,12 +192,12 @@ def finetune(
             options and as long as they say, and takes what is best on the validation structures
             (`transfermium.ladder`).
         rank: of the updates of "lora"; 8 by default.
-        replay: structures with labels of the base's task; or "generated" for rattled and strained copies of
-            `structures`, which the base labels before training.
+        replay: structures with labels of the base's task, at its level of theory (unless `allow_mixed`); or "generated"
+            for rattled and strained copies of `structures`, which the base labels before training.
         replay_weight: of the base's loss where that of the new one has weight one; 1 by default.
         pseudo: the base labels the structures of `replay`, whatever labels they have.
-        ledger: structures with labels of the base's task, on which errors before and after are reported; of what is
-            replayed at least a tenth by default, with no material on both sides.
+        ledger: structures with labels of the base's task, at its level of theory too, on which errors before and after
+            are reported; of what is replayed at least a tenth by default, with no material on both sides.
         align: fit references (and the scale of a head that was trained on another quantity) to the new labels.
         unseen: what of the references of elements that no new label has, where `align` moves the others: "refuse"
             energies with them later on; take those of isolated atoms in the data ("isolated"); move them by the mean
@@ -282,10 +282,12 @@ def finetune(
     report |= settle_unseen(model, settled, samples, report, unseen, base, align, data.validated)
     for words in unseen_in_words(report) if verbose else ():
         console.print(f"Alignment: {words}", markup=False)
-    book = None if ledger is None else Ledger(base, ledger, settings)
+    book = None
+    if ledger is not None:
+        book = Ledger(base, ledger, settings, allow_mixed=allow_mixed, verbose=verbose)
     two = None
     if again is not None:
-        two, own = beside(base, model, settled, data, again, held_out, ledger, settings, verbose)
+        two, own = beside(base, model, settled, data, again, held_out, ledger, settings, verbose, allow_mixed)
         book = book or own
     updates = None if rank is None else _adapted(model, base, rank, settings.seed, verbose)
     if dry_run:

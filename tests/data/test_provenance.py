@@ -106,6 +106,90 @@ class TestMixture:
             trained(structures)
 
 
+class TestBase:
+    """What a base learned at one level is neither replayed nor judged at another."""
+
+    @pytest.mark.parametrize("key", ["level", "functional", "xc"])
+    @pytest.mark.parametrize("what", ["replay", "ledger"])
+    def test_another_level_is_refused(self, what, key):
+        with pytest.raises(tm.InputError, match=rf"{what}: .*r2SCAN \(6\), but the base learned PBE: give") as refused:
+            tuned(**{what: at("r2SCAN", alloys(6), key)})
+        assert "--allow-mixed" in str(refused.value) and ("--pseudo" in str(refused.value)) == (what == "replay")
+
+    @pytest.mark.parametrize("what", ["replay", "ledger"])
+    def test_that_of_the_base_is_not(self, what):
+        tuned(**{what: at("PBE", alloys(6))})
+        tuned(**{what: alloys(6)})  # which name none
+        tuned(**{what: at("r2SCAN", alloys(6))}, start=trained(alloys(6)))
+        tuned(**{what: at("pbe, VASP", alloys(6))})
+        mixed = trained(mixture(), allow_mixed=True)
+        tuned(**{what: mixture()}, start=mixed)
+
+    @pytest.mark.parametrize("what", ["replay", "ledger"])
+    def test_one_structure_of_another_level_is_enough(self, what):
+        with pytest.raises(tm.InputError, match=rf"{what}: labels are at r2SCAN \(1\)"):
+            tuned(**{what: [*at("r2SCAN", alloys(1)), *at("PBE", alloys(5, seed=1))]})
+        bare = without(at("r2SCAN", alloys(1)), "energy", "forces", "stress")
+        tuned(**{what: [*bare, *at("PBE", alloys(5, seed=1))]})
+
+    def test_what_was_said_of_the_labels_of_a_base_counts(self):
+        start = trained(alloys(6), provenance={"functional": "PBE"})
+        with pytest.raises(tm.InputError, match="but the base learned PBE"):
+            tuned(ledger=at("r2SCAN", alloys(4)), start=start)
+        tuned(ledger=at("PBE", alloys(4)), start=start)
+
+    @pytest.mark.parametrize("what", ["replay", "ledger"])
+    def test_it_can_be_wanted(self, what, capsys):
+        tuned(**{what: at("r2SCAN", alloys(6))}, allow_mixed=True, verbose=True)
+        assert "but the base learned PBE, as was allowed" in said(capsys)
+
+    def test_labels_that_the_base_makes_are_at_its_level(self):
+        tuned(replay=at("r2SCAN", alloys(6)), pseudo=True)
+
+    def test_the_rule_of_the_materials_project_is_one_level(self):
+        structures = oxides()
+        for atoms in structures:
+            atoms.info["level"] = "PBE+U" if "Fe" in atoms.symbols else "PBE"
+        start = trained([atoms for atoms in structures if "Fe" not in atoms.symbols])
+        iron = [atoms for atoms in structures if "Fe" in atoms.symbols]
+        tuned(ledger=iron, start=start, structures=structures[:1])
+        for atoms in structures:
+            atoms.info["level"] = "PBE+U"
+        with pytest.raises(tm.InputError, match=r"PBE\+U \(8\), but the base learned PBE"):
+            tuned(ledger=structures, start=start, structures=structures[:1])
+
+    def test_parts_have_levels_of_their_own(self):
+        data = {"pbe": at("PBE", alloys(5)), "scan": at("r2SCAN", alloys(5, seed=1))}
+        objective = tm.Together({"pbe": tm.Potential(), "scan": tm.Potential()})
+        both = tm.pretrain(data, objective, painn(), **TINY)
+        tuned(ledger=data["scan"], start=both, part="scan")
+        with pytest.raises(tm.InputError, match=r"r2SCAN \(5\), but the base learned PBE"):
+            tuned(ledger=data["scan"], start=both, part="pbe")
+
+    def test_zero_shot_learns_no_level(self, capsys):
+        base = tuned(strategy="zero-shot", structures=at("r2SCAN", alloys(6)), steps=None)
+        tm.evaluate(base, at("PBE", alloys(4)), device="cpu")
+        assert "learned" not in said(capsys)
+
+    def test_evaluate_names_both_levels_where_none_is_common(self, capsys):
+        model = trained(at("PBE", alloys(6)))
+        for level, told in (("PBE", False), ("r2SCAN", True), ("teacher: PBE", False), ("GGA", False)):
+            tm.evaluate(model, at(level, alloys(4)), device="cpu")
+            assert ("labels are at r2SCAN (4), but the model learned PBE: errors have" in said(capsys)) == told
+        tm.evaluate(model, alloys(4), device="cpu")
+        tm.evaluate(model, mixture(), device="cpu")
+        tm.evaluate(model, at("r2SCAN", alloys(4)), device="cpu", verbose=False)
+        assert "learned" not in said(capsys)
+
+    def test_differences_have_two_levels(self, capsys):
+        structures = at("PBE", alloys(6))
+        for atoms in structures:
+            atoms.info["cheap"] = 0.9 * atoms.info["gap"]
+        model = tm.pretrain(structures, tm.Property("gap", minus="cheap"), painn(), **TINY)
+        tm.evaluate(model, at("HSE06", structures), device="cpu")
+        assert "HSE06" not in said(capsys)
+
+
 class TestRecord:
     def test_it_is_in_card_and_history(self):
         given = {"functional": "PBE", "code": "VASP", "u": "as in MP", "corrections": "none"}
@@ -202,6 +286,17 @@ def test_the_command_line_knows_all_of_it(tmp_path, monkeypatch, capsys):
 
 def trained(structures, **options) -> tm.Model:
     return tm.pretrain(structures, tm.Potential(), painn(), **{**TINY, **options})
+
+
+def tuned(start: tm.Model | None = None, **options) -> tm.Model:
+    """A base of PBE, by default, that goes on to r2SCAN."""
+    structures = options.pop("structures", None) or at("r2SCAN", alloys(6, seed=2))
+    options = {"strategy": "replay" if "replay" in options else "full", **TINY, **options}
+    return tm.finetune(start or trained(at("PBE", alloys(6))), structures, tm.Potential(), **options)
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 def mixture(key: str = "level") -> list[Atoms]:
