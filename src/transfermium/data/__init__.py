@@ -1,6 +1,7 @@
 """From files to labelled, split and packed structures."""
 
 from .columns import isolated_atoms
+from .join import joined
 from .labels import Label, Labelled, Labels, available, resolve
 from .leakage import Leak, leaks, without
 from .pack import PackedSet, is_packed, pack
@@ -22,6 +23,7 @@ __all__ = [
     "found_split_keys",
     "is_packed",
     "isolated_atoms",
+    "joined",
     "leaks",
     "nested",
     "original",
