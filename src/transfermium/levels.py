@@ -12,7 +12,7 @@ import numpy as np
 
 from .data.columns import Key, has
 from .data.labels import Labels
-from .data.provenance import RULED, Origin, _by_rule, listed, origins
+from .data.provenance import RULED, Origin, by_rule, listed, origins
 from .objectives import Objective
 
 VAGUE = {"dft", "gga", "gga+u", "gga_u", "meta-gga"}  # families of levels
@@ -47,7 +47,7 @@ def apart(
     known = {i: names for i, origin in enumerate(found) if often[i] and (names := _names(origin))}
     others = [i for i, names in known.items() if not any(_agree(a, b) for a in names for b in learned)]
     ruled = others and any(_agree(level, name) for level in RULED for name in learned)
-    if ruled and _by_rule(structures, numbers, found):
+    if ruled and by_rule(structures, numbers, found):
         others = [i for i in others if not RULED & set(known[i])]
     if not others:
         return None

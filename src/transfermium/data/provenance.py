@@ -149,7 +149,7 @@ def compared(groups: Mapping[str, Group], given: Origin) -> Comparison:
                 values = counts.setdefault(field, {}).setdefault(name, {})
                 values[value] = values.get(value, 0) + n
     levels = {value for values in counts.get("level", {}).values() for value in values}
-    ruled = levels >= RULED and all(_by_rule(groups[name][0], *found[name]) for name in groups)
+    ruled = levels >= RULED and all(by_rule(groups[name][0], *found[name]) for name in groups)
     named = any("level" in origin for _, some in found.values() for origin in some)
     return Comparison({field: counts[field] for field in sorted(counts, key="level".__ne__)}, ruled, named)
 
@@ -181,7 +181,7 @@ def _completed(origin: Origin, given: Origin) -> Origin:
     return {**origin, **given}
 
 
-def _by_rule(structures: Sequence[Atoms], numbers: np.ndarray, found: Sequence[Origin]) -> bool:
+def by_rule(structures: Sequence[Atoms], numbers: np.ndarray, found: Sequence[Origin]) -> bool:
     """Whether all structures at PBE or PBE+U are at the one that the Materials Project would choose."""
     levels = np.array([_level(origin) or "" for origin in found])
     chosen = np.isin(levels, list(RULED))[numbers]
