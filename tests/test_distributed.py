@@ -181,6 +181,7 @@ def join_with_gpus(folder: str) -> None:
     torch.cuda.set_device = chosen.append
     torch.distributed.is_nccl_available = lambda: False
     distributed.join()
+    distributed.sum_counts({})  # or one would be gone while another still connects to it
     (Path(folder) / str(distributed.rank())).write_text(" ".join(map(str, chosen)))
 
 
