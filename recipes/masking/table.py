@@ -4,7 +4,9 @@ python recipes/masking/table.py
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,33 +15,78 @@ from transfermium.study.intervals import Interval, paired
 
 HERE = Path(__file__).parent
 ARMS = ("scratch", "scratch_long", "denoise", "mask", "mask_denoise")
+USUAL = 800  # steps of either stage; older rows do not say how many pre-training had
+
+Rows = list[dict[str, Any]]
 
 
-def values(rows: list[dict], arm: str, name: str) -> dict[int, float]:
+class Case(NamedTuple):
+    """What arms must have in common to be compared, but for their number of labels."""
+
+    name: str
+    backbone: str
+    tuning: int
+    source: str
+    pretraining: int
+
+    def holds(self, row: dict[str, Any]) -> bool:
+        """Whether a run belongs here; what never saw another stage belongs to all that are fine-tuned as long."""
+        alike = (row["set"], row["backbone"], row["tuning_steps"]) == self[:3]
+        source, steps = row["pretrain_source"], pretraining(row)
+        return alike and source in (None, self.source) and steps in (None, self.pretraining)
+
+    @property
+    def set(self) -> str:
+        return self.name if self.source == "own" else f"{self.name} ({self.source})"
+
+    @property
+    def steps(self) -> str:
+        if self.pretraining == USUAL:
+            return f"{self.tuning:,}"
+        return f"{self.tuning:,} after {self.pretraining:,}"
+
+
+def pretraining(row: dict[str, Any]) -> int | None:
+    """Steps of the first stage, also of one that `scratch_long` makes up for; None without any."""
+    found = row.get("pretraining_steps", None if row["arm"] == "scratch" else USUAL)
+    return None if found is None else int(found)
+
+
+def cases(rows: Rows) -> list[Case]:
+    """Those of everything pre-trained, and of the rest where nothing is."""
+    said = [(r["set"], r["backbone"], r["tuning_steps"], r["pretrain_source"], pretraining(r)) for r in rows]
+    found = {Case(*some) for some in said if some[3] is not None}
+    begun = {case[:3] for case in found}
+    found |= {Case(*some[:3], "own", USUAL) for some in said if some[:3] not in begun}
+    return sorted(found)
+
+
+def values(rows: Rows, arm: str, name: str) -> dict[int, float]:
     """Of each seed."""
     return {row["seed"]: row[name] for row in rows if row["arm"] == arm and row.get(name) is not None}
 
 
-def against_scratch(rows: list[dict], arm: str, name: str) -> Interval | None:
+def against_scratch(rows: Rows, arm: str, name: str) -> Interval | None:
     """Ratio of the geometric means over the seeds that both have, with its 95 % interval by Student's t."""
     own, other = values(rows, arm, name), values(rows, "scratch", name)
     seeds = sorted(own.keys() & other.keys())
     return paired([own[s] for s in seeds], [other[s] for s in seeds], ratio=True) if len(seeds) > 1 else None
 
 
-def errors(rows: list[dict], arm: str) -> str:
-    found = list(values(rows, arm, "forces_mae").values())
+def errors(rows: Rows, arm: str, name: str = "forces_mae") -> str:
+    """The mean in meV, and relative to scratch."""
+    found = list(values(rows, arm, name).values())
     if not found:
         return ""
-    text = f"{1000 * np.mean(found):.0f}"
-    ratio = None if arm == "scratch" else against_scratch(rows, arm, "forces_mae")
+    text = f"{1000 * np.mean(found):.{0 if name == 'forces_mae' else 2}f}"
+    ratio = None if arm == "scratch" else against_scratch(rows, arm, name)
     if ratio is None:
         return text
     shown = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
     return f"{text}; **{shown}**" if ratio.excludes(1.0) else f"{text}; {shown}"
 
 
-def steps(rows: list[dict]) -> str:
+def steps(rows: Rows) -> str:
     """Median of the steps until fine-tuning is as good as training from scratch ever was."""
     shown = []
     for arm in ARMS:
@@ -51,48 +98,89 @@ def steps(rows: list[dict]) -> str:
     return ", ".join(shown)
 
 
-def main() -> None:
-    rows = json.loads((HERE / "results.json").read_text())
-    cases = sorted(
-        {(r["set"], r["backbone"], r["tuning_steps"], r["pretrain_source"] or "own", r["n_train"]) for r in rows}
-    )
-    arms = " | ".join(f"`{arm}`" for arm in ARMS)
-    print(f"| set | backbone | steps | labels | {arms} | steps to scratch's best |")
-    print("|---" * (len(ARMS) + 5) + "|")
-    panels: dict[str, list[tuple[tuple[int, int], tuple[str, float, float, float]]]] = {}
-    sets = {name for name, *_ in cases}
-    for name, backbone, tuning, source, n in cases:
-        case = (name, backbone, tuning, n)
-        own = [r for r in rows if (r["set"], r["backbone"], r["tuning_steps"], r["n_train"]) == case]
-        own = [r for r in own if r["pretrain_source"] in (None, source)]
-        said = "" if source == "own" else f" ({source})"
-        cells = [f"{name}{said}", backbone, f"{tuning:,}", str(n), *(errors(own, arm) for arm in ARMS), steps(own)]
-        print("| " + " | ".join(cells) + " |")
-        longer = "" if tuning == 800 else f", {tuning:,} steps"
+def heading(*columns: str) -> None:
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+
+
+def line(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+def compared(runs: Sequence[tuple[Case, int, Rows]]) -> None:
+    """Force errors of all arms, then energy errors."""
+    arms = [f"`{arm}`" for arm in ARMS]
+    print("Force errors (meV/Å)\n")
+    heading("set", "backbone", "steps", "labels", *arms, "steps to scratch's best")
+    for case, n, own in runs:
+        line(case.set, case.backbone, case.steps, str(n), *(errors(own, arm) for arm in ARMS), steps(own))
+    print("\nEnergy errors (meV/atom)\n")
+    heading("set", "backbone", "steps", "labels", *arms)
+    for case, n, own in runs:
+        line(case.set, case.backbone, case.steps, str(n), *(errors(own, arm, "energy_mae") for arm in ARMS))
+
+
+def losses(rows: Rows) -> None:
+    """Of masking, with each backbone."""
+    print()
+    for case in cases(rows):
+        own = [row for row in rows if row["arm"] == "mask" and case.holds(row)]
+        if own:
+            found = sorted({round(row["pretrain_loss"], 3) for row in own})
+            told = f"{case.set}, {case.backbone}, {case.steps} steps"
+            print(f"{told}: masking loss {found[0]} to {found[-1]}, floor {own[0]['floor']:.3f}")
+
+
+def ablations(runs: Sequence[tuple[Case, int, Rows]]) -> None:
+    """Each way of masking below the usual one, on as many labels of the same set."""
+    changed = [
+        (case, n, own, others) for case, n, own in runs if (others := sorted({r["arm"] for r in own} - set(ARMS)))
+    ]
+    if not changed:
+        return
+    print()
+    heading("set", "backbone", "steps", "labels", "arm", "force error; relative to scratch",
+            "energy error; relative to scratch", "loss of pre-training", "floor")  # fmt: skip
+    for case, n, own, others in changed:
+        for arm in ["mask", *others]:
+            mine = [row for row in own if row["arm"] == arm]
+            if mine:
+                loss = np.mean([row["pretrain_loss"] for row in mine])
+                line(case.set, case.backbone, case.steps, str(n), arm, errors(own, arm),
+                     errors(own, arm, "energy_mae"), f"{loss:.3f}", f"{mine[0]['floor']:.3f}")  # fmt: skip
+
+
+def panels(runs: Sequence[tuple[Case, int, Rows]]) -> dict[str, list[tuple[str, float, float, float]]]:
+    """Rows of the figure, by title."""
+    found: dict[str, list[tuple[tuple[int, int], tuple[str, float, float, float]]]] = {}
+    one = len({case.name for case, _, _ in runs}) == 1
+    for case, n, own in runs:
+        usual = case.tuning == case.pretraining == USUAL
+        where = [case.source] if one and case.source != "own" else [] if one else [case.set]
+        title = ", ".join([*where, case.backbone, *([] if usual else [f"{case.steps} steps"])])
         for arm in ARMS[1:]:
             ratio = against_scratch(own, arm, "forces_mae")
             if ratio is not None:
-                title = f"{backbone}{longer}" if len(sets) == 1 else f"{name}{said}, {backbone}{longer}"
-                row = (f"{n} labels, {arm}", *ratio)
-                panels.setdefault(title, []).append(((n, ARMS.index(arm)), row))
-    masked = [r for r in rows if r["arm"] == "mask"]
-    for name, backbone in sorted({(r["set"], r["backbone"]) for r in masked}):
-        own = [r for r in masked if (r["set"], r["backbone"]) == (name, backbone)]
-        losses = sorted({round(r["pretrain_loss"], 3) for r in own})
-        print(f"{name}, {backbone}: masking loss {losses[0]} to {losses[-1]}, floor {own[0]['floor']:.3f}")
-    others = [r for r in rows if r["arm"] not in ARMS]
-    if others:
-        print("\n| set | backbone | labels | arm | force error; relative to scratch | loss of pre-training | floor |")
-        print("|---" * 7 + "|")
-    for arm in dict.fromkeys(r["arm"] for r in others):
-        mine = [r for r in others if r["arm"] == arm]
-        for name, backbone, n in sorted({(r["set"], r["backbone"], r["n_train"]) for r in mine}):
-            own = [r for r in rows if (r["set"], r["backbone"], r["n_train"]) == (name, backbone, n)]
-            losses = [r["pretrain_loss"] for r in own if r["arm"] == arm]
-            floor = next(r["floor"] for r in mine)
-            print(f"| {name} | {backbone} | {n} | {arm} | {errors(own, arm)} | {np.mean(losses):.3f} | {floor:.3f} |")
-    if panels:
-        figure = forest({title: [row for _, row in sorted(own)] for title, own in panels.items()})
+                found.setdefault(title, []).append(((n, ARMS.index(arm)), (f"{n} labels, {arm}", *ratio)))
+    return {title: [row for _, row in sorted(own)] for title, own in found.items()}
+
+
+def main() -> None:
+    rows = json.loads((HERE / "results.json").read_text())
+    begun = {(r["set"], r["backbone"], r["tuning_steps"], r["n_train"]) for r in rows if r["pretrain_source"]}
+    runs = []
+    for case in cases(rows):
+        held = [row for row in rows if case.holds(row)]
+        for n in sorted({row["n_train"] for row in held}):
+            own = [row for row in held if row["n_train"] == n]
+            if any(row["pretrain_source"] for row in own) or (*case[:3], n) not in begun:
+                runs.append((case, n, own))
+    compared([(case, n, own) for case, n, own in runs if {row["arm"] for row in own} & set(ARMS[1:])])
+    losses(rows)
+    ablations(runs)
+    shown = panels(runs)
+    if shown:
+        figure = forest(shown)
         figure.savefig(HERE.parents[1] / "docs/images/masking.svg", bbox_inches="tight", metadata={"Date": None})
 
 
