@@ -33,8 +33,9 @@ SET, BEST, NOISE, LABELS = "pbe0ts", "TensorNet", 0.1, 100
 
 def main() -> None:
     args = arguments(
-        __doc__, warm="2ps", nve="5ps", nvt="10ps", forces="2ps", pretraining=800, tuning=4_000, edges=10_000
-    )
+        __doc__, warm="2ps", nve="5ps", nvt="10ps", forces="2ps", pretraining=800, tuning=4_000, edges=10_000,
+        device="cpu",
+    )  # fmt: skip
     reference = STUDIES[SET].test(args.data)
     found = [simulated(args, potential(args), reference, {"backbone": BEST, "n_train": LABELS}, conservative=True)]
     write_json(HERE / "simulations.json", found)
@@ -56,29 +57,32 @@ def potential(args: Any) -> Path:
     """Noise first, then labels; finished stages are kept."""
     out, frames = args.runs / "masking/best", STUDIES[SET].pool(args.data)
     noise, labels = tm.Denoise(NOISE), tm.Potential(stress=0.0)
-    tm.pretrain(frames, noise, BACKBONES[BEST][0], steps=args.pretraining, lr=2e-3, edges=args.edges, out=out / "base")
+    tm.pretrain(
+        frames, noise, BACKBONES[BEST][0], steps=args.pretraining, lr=2e-3, edges=args.edges, device=args.device,
+        out=out / "base",
+    )  # fmt: skip
     tm.finetune(
         out / "base/model.safetensors", frames[:LABELS], labels, steps=args.tuning, lr=2e-3, edges=args.edges,
-        split_by="random", out=out / "potential",
+        device=args.device, split_by="random", out=out / "potential",
     )  # fmt: skip
     return out / "potential/model.safetensors"
 
 
 def simulated(args: Any, model: Path, reference: Any, said: dict[str, Any], *, conservative: bool) -> dict[str, Any]:
     out, start = args.runs / "masking/md" / said["backbone"], reference[0].copy()
-    runs = {"warm": tm.md(model, start, out / "warm", time=args.warm, device="cpu")}
+    runs = {"warm": tm.md(model, start, out / "warm", time=args.warm, device=args.device)}
     if runs["warm"]["stopped"] is None:
         warm = out / "warm/final.extxyz"
         time = args.nve if conservative else args.forces
-        runs["nve"] = tm.md(model, warm, out / "nve", ensemble="nve", time=time, device="cpu")
+        runs["nve"] = tm.md(model, warm, out / "nve", ensemble="nve", time=time, device=args.device)
         if conservative:
             runs["nvt"] = tm.md(
                 model, warm, out / "nvt", thermostat="bussi", time=args.nvt, reference=reference, pairs=["O-O"],
-                device="cpu",
+                device=args.device,
             )  # fmt: skip
     return {
         **said,
-        "errors": short(tm.evaluate(model, reference)),
+        "errors": short(tm.evaluate(model, reference, device=args.device)),
         "simulations": {k: brief(r) for k, r in runs.items()},
     }
 

@@ -5,6 +5,8 @@
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone GNS
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone EGNN --tuning 4000
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --ablations 1
+    python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --source rigid    TIP3P, or flexible
+    python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --all 1           and 300 labels
 
 Every way of pre-training is one `curve` with the same labels, test frames, steps and search of learning rates; what is
 learned from scratch is computed once. Finished cells are kept in `--runs`, so that the same command goes on; each
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import arguments
 
 import transfermium as tm
+from transfermium.model import copied
 from transfermium.objectives import Objective
 from transfermium.run import write_json
 from transfermium.study.curve import curve
@@ -43,6 +46,7 @@ BACKBONES = {
     "GNS": (tm.GNS(64, 4, cutoff=CUTOFF), False),  # forces are an output of their own
     "ForceNet": (tm.ForceNet(64, 3, cutoff=CUTOFF), False),
     "PaiNN": (tm.PaiNN(32, 2, cutoff=CUTOFF), True),
+    "ET": (tm.ET(32, 2, cutoff=CUTOFF), True),
 }
 STEPS, TUNING, EDGES = 800, 800, 10_000
 MASK = "mask"  # name of the part that is fine-tuned of what was learned together
@@ -57,6 +61,7 @@ class Study(NamedTuple):
     backbones: tuple[str, ...]
     source: str = "own"  # what is masked: the configurations of the pool, without labels, or boxes of TIP3P
     single: bool = False  # molecules, whose derivatives cannot point to one place
+    more: tuple[int, ...] = ()  # numbers of labels beyond those, of `--all`
 
 
 def _file(name: str) -> Callable[[Path], Sequence[Atoms]]:
@@ -69,7 +74,8 @@ def _split(name: str, *sides: str) -> Callable[[Path], Sequence[Atoms]]:
 
 STUDIES = {
     "pbe0ts": Study(
-        _file("water_pbe0ts/train"), _file("water_pbe0ts/val"), [10, 30, 100], ("TensorNet", "EGNN", "GNS", "ForceNet")
+        _file("water_pbe0ts/train"), _file("water_pbe0ts/val"), [10, 30, 100], ("TensorNet", "EGNN", "GNS", "ForceNet"),
+        more=(300,),
     ),
     "rpbed3": Study(
         _split("water_rpbed3/all", "train"), _split("water_rpbed3/all", "val", "test"), [10, 30, 100], ("TensorNet",)
@@ -78,7 +84,8 @@ STUDIES = {
         _file("water_revpbe0d3/train_30"), _file("water_revpbe0d3/val_100"), [10, 30], ("TensorNet",)
     ),
     "nacl": Study(
-        _split("nacl_water/revPBE0-D3", "train"), _split("nacl_water/revPBE0-D3", "test"), [10, 30, 100], ("TensorNet",)
+        _split("nacl_water/revPBE0-D3", "train"), _split("nacl_water/revPBE0-D3", "test"), [10, 30, 100],
+        ("TensorNet",), more=(300,),
     ),
     "ethanol": Study(
         _split("md17_ethanol/all", "train"), _split("md17_ethanol/all", "test"), [30, 100, 300], ("TensorNet",),
@@ -108,6 +115,17 @@ def objectives(conservative: bool, single: bool, sigma: float) -> dict[str, Obje
     return {"denoise": noise, "mask": mask, "mask_denoise": tm.Together({MASK: mask, "noise": noise})}
 
 
+def ablations(conservative: bool, single: bool) -> dict[str, Objective]:
+    """Changed ways of masking, with forces of the kind that the usual one has."""
+    if conservative and not single:
+        return ABLATIONS
+    return {
+        arm: copied(objective, conservative=False) if isinstance(objective, tm.MaskAtoms) else objective
+        for arm, objective in ABLATIONS.items()
+        if arm != "mask_direct"  # which is the usual one here
+    }
+
+
 def main() -> None:
     args = arguments(
         __doc__, only="", backbone="", seeds=3, workers=2, source="own", all=0, pretraining=STEPS, tuning=TUNING,
@@ -124,7 +142,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
     """All ways of pre-training for one backbone on one set."""
     architecture, conservative = BACKBONES[backbone]
     pool, test = study.pool(args.data), study.test(args.data)
-    sizes = study.sizes if args.all else CORE.get(backbone, study.sizes)
+    sizes = [*study.sizes, *study.more] if args.all else CORE.get(backbone, study.sizes)
     source = pool if args.source == "own" else tm.water(args.source)
 
     def do(objective: Objective, sizes: Sequence[int], seeds: int, arms: Sequence[str], steps: int) -> Any:
@@ -139,17 +157,19 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         print(f"\n{name}, {backbone}: {arm}", flush=True)
         steps = args.pretraining // (2 if arm == "mask_denoise" else 1)  # a step of it learns from both
         result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
-        said = {"sigma": sigma} if "denoise" in arm else {"floor": objective.floor(source)}  # type: ignore[attr-defined]
+        noise = {"sigma": sigma, "sigma_losses": {str(width): loss for width, loss in losses.items()}}
+        said = noise if "denoise" in arm else {"floor": objective.floor(source)}  # type: ignore[attr-defined]
         keep(args, name, backbone, arm, said, result)
-        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}.json", result)
+        longer = "" if args.pretraining == STEPS else f"-after-{args.pretraining}"
+        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}{longer}.json", result)
 
+    losses: dict[float, float] = {}
     if args.ablations:
-        for arm, objective in ABLATIONS.items():
+        for arm, objective in ablations(conservative, study.single).items():
             compared(arm, objective, sizes[:1])
         return
 
     middle = [sizes[-1]] if len(sizes) == 1 else [sizes[1]]
-    losses = {}
     # unless it is given, the noise is chosen by validation labels of the first seed, before anything else is compared
     for sigma in [args.sigma] if args.sigma else SIGMAS:
         found = do(tm.Denoise(sigma, conservative=conservative), middle, 1, ["scratch", "full"], args.pretraining)
@@ -172,6 +192,7 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
         run = runs.setdefault((of, row["n_train"], row["seed"]), {
             "set": name, "backbone": backbone, "arm": of, "n_train": row["n_train"], "seed": row["seed"],
             "pretrain_source": args.source if row["arm"] == "full" else None, **(said if of == arm else {}),
+            "pretraining_steps": None if of == "scratch" else args.pretraining,  # of scratch_long those it makes up for
             "tuning_steps": args.tuning, "lr": row["lr"], "steps": row["steps"], "train_seconds": row["train_seconds"],
             "pretrain_seconds": row["pretrain_seconds"], "cell": row["cell"],
         })  # fmt: skip
@@ -188,7 +209,9 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
         }  # fmt: skip
     path = HERE / "results.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    identity = ("set", "backbone", "tuning_steps", "arm", "n_train", "seed", "pretrain_source")
+    for row in rows:
+        row.setdefault("pretraining_steps", None if row["arm"] == "scratch" else STEPS)  # older ones do not say it
+    identity = ("set", "backbone", "tuning_steps", "arm", "n_train", "seed", "pretrain_source", "pretraining_steps")
     new = {tuple(run[k] for k in identity) for run in runs.values()}
     rows = [row for row in rows if tuple(row[k] for k in identity) not in new] + list(runs.values())
     rows.sort(key=lambda row: [f"{row[k]:6}" if isinstance(row[k], int) else str(row[k]) for k in identity])
