@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
+from tests.waters import waters
 from transfermium.data.labels import Labels
 from transfermium.errors import InputError
 from transfermium.report import Page, label_curves, loss_curves, parity, run_report
@@ -95,6 +96,33 @@ def test_a_run_that_validated_nothing_has_a_page_without_errors(tmp_path: Path) 
     page = run_report(tmp_path)
     assert "Nothing was validated" in read_html(page.read_text()).text
     assert embedded(page)["errors"] == {}
+
+
+@pytest.mark.parametrize("objective", [tm.MaskAtoms(), tm.MaskPositions()])
+def test_a_run_whose_outputs_have_no_labels_shows_its_loss_and_the_floor(objective: Any, tmp_path: Path) -> None:
+    structures = [waters(8, seed) for seed in range(6)]
+    model = tm.pretrain(
+        structures, objective, tm.PaiNN(width=4, depth=1), out=tmp_path, steps=2, split_by="random", valid_fraction=0.5,
+        verbose=False,
+    )  # fmt: skip
+    ((name, found),) = model.card["metrics"]["validation"].items()
+    assert name == objective.target and found["loss"] == pytest.approx(model.card["metrics"]["validation loss"])
+    page = run_report(tmp_path)
+    text = read_html(page.read_text()).text
+    assert f"Loss on 3 validation structures: {name} {found['loss']:.3f} (floor {found['floor']:.3f})." in text
+    assert "othing was validated" not in text and f"MAE {name}" not in text and f"on {name}" not in text
+    assert embedded(page)["errors"] == {name: found}
+
+
+def test_losses_are_told_apart_from_errors(tmp_path: Path) -> None:
+    objective = tm.Together({"mask": tm.MaskAtoms(), "noise": tm.Denoise()})
+    tm.pretrain(
+        [waters(8, seed) for seed in range(6)], objective, tm.PaiNN(width=4, depth=1), out=tmp_path, steps=2,
+        split_by="random", valid_fraction=0.5, verbose=False,
+    )  # fmt: skip
+    text = read_html(run_report(tmp_path).read_text()).text
+    assert re.search(r"Mean absolute error on 3 [\w ]+: noise forces [\d.]+ Å\. Loss on 3 [\w ]+: "
+                     r"mask direction [\d.]+ \(floor [\d.]+\)\.", text)  # fmt: skip
 
 
 def test_a_run_that_never_improved_says_so(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from .data.labels import Labels
 from .data.provenance import Comparison, listed
 from .data.sequences import Subset
 from .dataset import TrainingData, belonging_to
-from .evaluate import compared, scores
+from .evaluate import compared, losses, scores
 from .heads import (
     EnergyHead,
 )
@@ -42,7 +42,10 @@ class Validation(NamedTuple):
 
 
 def validated(model: Model, objective: Objective, structures: Sequence[ase.Atoms], config: TrainConfig) -> Validation:
-    """Errors and points of parity plots; of several objectives, each on the structures that are for it."""
+    """Errors and points of parity plots; of several objectives, each on the structures that are for it.
+
+    Where outputs have no values to be compared with, "errors" has the terms of the loss.
+    """
     if isinstance(objective, Parts):
         together = Validation({}, {}, {})
         meant = [objective.meant_for(structures[i]) for i in range(len(structures))]
@@ -55,6 +58,8 @@ def validated(model: Model, objective: Objective, structures: Sequence[ase.Atoms
                     all_of_them.update({f"{name} {key}": value for key, value in one.items()})
         return together
     pairs = compared(model, objective, structures, config.edges, config.seed)
+    if not pairs:
+        return Validation(losses(model, objective, structures, config.edges, config.seed), {}, {})
     errors = scores(model, objective, pairs, [atoms.numbers for atoms in structures])
     return Validation(errors, _parity(pairs, errors), _by_structure(pairs, errors))
 

@@ -132,7 +132,7 @@ def evaluate(
         predicting = {"label": label, "unit": unit, "edges": edges, "device": device, "verbose": verbose}
         for name, share in _coverage(model, given, labels, interval, predicting).items():
             found.get("energy_per_atom" if name == "energy" else name, {})["coverage"] = share
-    return {"n": len(labelled), **(found if pairs else _losses(model, objective, labelled, edges, seed))}
+    return {"n": len(labelled), **(found if pairs else losses(model, objective, labelled, edges, seed))}
 
 
 def _coverage(
@@ -160,8 +160,8 @@ def _coverage(
     return {name: float(np.mean(own)) for name, own in found.items()}
 
 
-def _losses(
-    model: Model, objective: Objective, structures: Sequence[ase.Atoms], edges: int, seed: int
+def losses(
+    model: Model, objective: Objective, structures: Sequence[ase.Atoms], edges: int, seed: int = 0
 ) -> dict[str, Any]:
     """Terms of the loss, where outputs have no values to be compared with; of masking, beside its floor."""
     batches = Batches(structures, objective, model.backbone.edges, seed, VALIDATION)

@@ -56,7 +56,8 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
     names = _names(model)
     errors = {names.get(name, name): found for name, found in validation.get("errors", {}).items()}
     points = {names.get(name, name): found for name, found in validation.get("parity", {}).items()}
-    meant = [name.removesuffix(" per atom") for name in errors] or [entry.quantity for entry in labels.entries]
+    compared = [name for name, found in errors.items() if "loss" not in found]
+    meant = [name.removesuffix(" per atom") for name in compared] or [entry.quantity for entry in labels.entries]
     learned = _listed(meant or list(names.values())[:-1])
     backbone = type(model.backbone).__name__
     page = Page(
@@ -109,8 +110,8 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
 
 
 def _result(errors: Content, stage: Content) -> str:
-    """Errors in one sentence."""
-    parts = []
+    """Errors in a sentence, and losses in another."""
+    parts, losses = [], []
     for name, found in errors.items():
         unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
         if "mae" in found:
@@ -118,10 +119,16 @@ def _result(errors: Content, stage: Content) -> str:
             parts.append(f"{name.removesuffix(' per atom')} {found['mae'] * factor:.4g} {shown}")
         elif "accuracy" in found:
             parts.append(f"{name} {100 * found['accuracy']:.1f} %")
-    if not parts:
+        elif "loss" in found:
+            floor = f" (floor {found['floor']:.3f})" if "floor" in found else ""
+            losses.append(f"{name} {found['loss']:.3f} {unit}".rstrip() + floor)
+    if not parts and not losses:
         return f"Trained on {_count(stage['structures'], 'structure')}; nothing was validated, so no error is known."
-    measure = "Accuracy" if all("accuracy" in found for found in errors.values()) else "Mean absolute error"
-    return f"{measure} on {_count(stage['validation structures'], 'validation structure')}: {', '.join(parts)}."
+    known = [found for found in errors.values() if "loss" not in found]
+    measure = "Accuracy" if all("accuracy" in found for found in known) else "Mean absolute error"
+    where = f"on {_count(stage['validation structures'], 'validation structure')}"
+    told = [f"{what} {where}: {', '.join(some)}." for what, some in ((measure, parts), ("Loss", losses)) if some]
+    return " ".join(told)
 
 
 def _story(model: Model, stage: Content, learned: str) -> str:
@@ -322,6 +329,8 @@ def _show_elements(page: Page, card: Content, errors: Content) -> None:
             row["shift (eV)"] = f"{shifts[symbol]:+.3f}"
             row["energy labels"] = labelled.get(symbol, 0)
         for name, found in errors.items():
+            if "loss" in found:
+                continue
             unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
             error = found.get("per_element", {}).get(symbol)
             row[f"MAE {name} ({unit})" if unit else f"MAE {name}"] = None if error is None else error * factor
