@@ -494,6 +494,7 @@ class TestErrors:
         ("structures", "objective", "sentence"),
         [
             ([bulk("Cu")] * 3, tm.MaskAtoms(), "there is no H .*atoms='leaf'"),
+            ([bulk("Cu")] * 3, tm.MaskAtoms(atoms="leaf"), "there is no leaf .*: choose atoms='H' or another element"),
             ([bulk("PdH", "rocksalt", a=4.1)] * 3, tm.MaskAtoms(), "no H is bonded to another nonmetal"),
             ([bulk("Cu")] * 3, tm.MaskAtoms(atoms="Cu"), "no Cu is bonded to another nonmetal"),
             ([bulk("C", "diamond", a=3.57)] * 3, tm.MaskAtoms(atoms="C"), "bonds of the C go on without end"),

@@ -233,13 +233,14 @@ class MaskAtoms(Removal):
     def _advice(self) -> dict[str, str]:
         """Hindrances, and what to do about each; those first that lie nearest to a molecule."""
         name = "leaf (atom with one bond)" if self.atoms == "leaf" else self.atoms
+        without = "atoms='H' or another element" if self.atoms == "leaf" else "atoms='leaf' or another element"
         other = "choose other structures, or MaskElements or Denoise, which need no molecules"
         return {
             "cells are too small to tell atoms of a molecule from their images": "repeat them, as atoms.repeat(2) does",
             f"bonds of the {name} go on without end, as in solid networks": other,
             "structures have two atoms, and one alone has no direction": other,
             f"no {name} is bonded to another nonmetal, so that there are no molecules": other,
-            f"there is no {name}": "choose atoms='leaf' or another element, or other structures",
+            f"there is no {name}": f"choose {without}, or other structures",
         }
 
 
