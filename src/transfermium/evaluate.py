@@ -163,12 +163,15 @@ def _coverage(
 def losses(
     model: Model, objective: Objective, structures: Sequence[ase.Atoms], edges: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Terms of the loss, where outputs have no values to be compared with; of masking, beside its floor."""
+    """Terms of the loss, where outputs have no values to be compared with; of masking, in units, beside floors."""
     batches = Batches(structures, objective, model.backbone.edges, seed, VALIDATION)
     terms = evaluate_loss(model, batches, [np.array(members) for members in parts(model, structures, edges)])
     found: dict[str, Any] = {name: {"loss": loss, "n": len(structures), "unit": ""} for name, loss in terms.items()}
-    if isinstance(objective, Removal) and objective.target in found:
-        found[objective.target]["floor"] = objective.floor(structures)
+    if isinstance(objective, Removal) and found:
+        for name, (weight, unit) in objective.units().items():
+            found[name] |= {"loss": found[name]["loss"] / weight, "unit": unit}
+        for name, floor in objective.floors(structures).items():
+            found[name] |= {"floor": floor} if np.isfinite(floor) else {}
     return found
 
 

@@ -293,6 +293,43 @@ class TestLoss:
         assert direction["floor"] == pytest.approx(0.479, abs=0.005)
         assert printable({"n": 3, "direction": direction})[0]["floor"] == "0.4792"
 
+    def test_the_floor_of_a_distance_is_the_deviation_from_its_median(self):
+        """Of OH bonds of two lengths a quarter is the longer one: half of them by which the median is off."""
+        structures = [molecule("H2O") for _ in range(4)]
+        for atoms in structures:
+            atoms.set_distance(0, 1, BOND, fix=0)
+            atoms.set_distance(0, 2, BOND, fix=0)
+        for k in (1, 2):
+            structures[0].set_distance(0, k, BOND + 0.4, fix=0)
+        across = [atoms.get_distance(1, 2) for atoms in structures]
+        expected = (0.4 / 4 + (across[0] - across[1]) / 4) / 2
+        objective = tm.MaskAtoms(length=2.0)
+        floors = objective.floors(structures)
+        assert floors == {"direction": pytest.approx(tm.MaskAtoms().floor(structures)),
+                          "distance": pytest.approx(expected)}  # fmt: skip
+        assert objective.floor(structures) == pytest.approx(floors["direction"] + 2 * expected)
+        assert tm.MaskAtoms().floors(structures).keys() == {"direction"}
+
+    def test_a_distance_is_evaluated_in_angstrom_and_told_apart_from_the_direction(self, capsys):
+        structures = [waters(8, seed) for seed in range(3)]
+        for seed, atoms in enumerate(structures):
+            atoms.rattle(0.05, seed=seed)
+        objective = tm.MaskAtoms(length=3.0)
+        model = tm.pretrain(structures, objective, painn(), steps=1, **{**QUICK, "verbose": True, "valid_fraction": 0})
+        floors = objective.floors(structures)
+        said = " ".join(capsys.readouterr().err.split())
+        assert (
+            f"A loss of {floors['direction']:.3f} in the direction and an error of {floors['distance']:.3f} Å in the "
+            "distance need only a simple guess"
+        ) in said
+        found = tm.evaluate(model, structures, verbose=False)
+        samples = [objective.prepare(a, rng_of(0, VALIDATION, 0, k)) for k, a in enumerate(structures)]
+        batch = to_batch(samples, model.backbone.edges)
+        total, count = objective.loss(model(batch.graph, ["forces"]), batch)["distance"]
+        assert found["distance"] == {"loss": pytest.approx(float(total / count) / 3, rel=1e-4), "n": 3, "unit": "Å",
+                                     "floor": pytest.approx(floors["distance"])}  # fmt: skip
+        assert 0.01 < found["distance"]["floor"] < 0.1 and found["direction"]["unit"] == ""
+
     def test_neighbours_are_needed_to_get_below(self):
         """On waters that all point the same way as their neighbours, which alone tell where the hydrogen was."""
         atoms = ordered()

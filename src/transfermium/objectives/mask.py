@@ -64,6 +64,14 @@ class Removal(Objective, ABC):
     def floor(self, structures: Sequence[ase.Atoms]) -> float:
         """Loss of the best guess that takes no look at surroundings; NaN where nothing can be masked."""
 
+    def floors(self, structures: Sequence[ase.Atoms]) -> dict[str, float]:
+        """The same of each term of the loss, in its own unit."""
+        return {self.target: self.floor(structures)}
+
+    def units(self) -> dict[str, tuple[float, str]]:
+        """Terms of the loss that are errors in a unit: their weight in the loss, and the unit."""
+        return {}
+
     @abstractmethod
     def _told(self, structures: Sequence[ase.Atoms]) -> str:
         """What that guess knows, in words."""
@@ -138,18 +146,33 @@ class MaskAtoms(Removal):
         ]
 
     def _told(self, structures: Sequence[ase.Atoms]) -> str:
+        floors = self.floors(structures)
+        loss = f"a loss of {floors['direction']:.3f}"
+        if self.length:
+            loss += f" in the direction and an error of {floors['distance']:.3f} Å in the distance need"
         return (
-            f"a loss of {self.floor(structures):.3f} needs only a simple guess from what is left of each molecule: a "
+            f"{loss if self.length else f'{loss} needs'} only a simple guess from what is left of each molecule: a "
             "model that does not get clearly below that has learned nothing of what surrounds them"
         )
+
+    def units(self) -> dict[str, tuple[float, str]]:
+        return {"distance": (self.length, "Å")} if self.length else {}
 
     def floor(self, structures: Sequence[ase.Atoms]) -> float:
         """Loss of a simple guess from what is left of each molecule alone; NaN where nothing can be masked.
 
-        The guess is, for atoms in the same role, the best linear combination of three sums of unit vectors: to the
+        It is the sum of its terms (`floors`), of which the distance counts with its weight.
+        """
+        floors = self.floors(structures)
+        return floors["direction"] + self.length * floors.get("distance", 0.0)
+
+    def floors(self, structures: Sequence[ase.Atoms]) -> dict[str, float]:
+        """Loss in the direction and, where the length is learned, error of the distance in Å, of a simple guess.
+
+        Its direction is, for atoms in the same role, the best linear combination of three sums of unit vectors: to the
         neighbours that the removed atom had, along the other bonds of these, and along the atom's own. For molecules of
-        three atoms none is better, and rigid TIP3P has 0.479; what is left of larger ones may tell more. It is fitted
-        to these structures, so that few of them make it too low.
+        three atoms none is better, and rigid TIP3P has 0.479; what is left of larger ones may tell more. Its distance
+        is the median of the role. Both are fitted to these structures, so that few of them make floors too low.
         """
         clues: list[_Clue] = []
         for k in np.random.default_rng(0).permutation(len(structures)):
@@ -158,9 +181,8 @@ class MaskAtoms(Removal):
             clues += _clues(structures[k].numbers, found, candidates, self._share(found, candidates))
             if len(clues) >= MOST_CLUES:
                 break
-        loss = sum(float((c.weight * (1 - c.cosine)).sum()) for c in _guessed(clues))
-        weight = sum(clue.weight for clue in clues)
-        return loss / weight if weight else float("nan")
+        distance = {"distance": _mean(_distances(clues))} if self.length else {}
+        return {"direction": _mean(_directions(clues)), **distance}
 
     def prepare(self, atoms: ase.Atoms, rng: np.random.Generator) -> Sample:
         found = molecules(atoms)
@@ -317,12 +339,13 @@ class _Clue(NamedTuple):
     role: tuple[int, ...]
     weight: float
     direction: np.ndarray  # (3,), to the removed atom
+    distance: float  # the same, in Å
     seen: np.ndarray  # (3, 3), rows are sums of unit vectors
 
 
 class _Guesses(NamedTuple):
     weight: np.ndarray
-    cosine: np.ndarray
+    error: np.ndarray
 
 
 def _clues(numbers: np.ndarray, found: Molecules, candidates: np.ndarray, share: float) -> Iterator[_Clue]:
@@ -348,21 +371,44 @@ def _clues(numbers: np.ndarray, found: Molecules, candidates: np.ndarray, share:
                 bonds = bonded[atom]
                 near = 2 if atom in parents else int(any(parent in bonds for parent in parents))
                 vector = found.positions[removed] - found.positions[atom]
+                distance = float(np.linalg.norm(vector))
                 seen = np.stack([towards(atom, parents, removed), beyond, towards(atom, bonds, removed)])
                 role = (int(numbers[atom]), int(numbers[removed]), near, len(bonds), len(own))
-                yield _Clue(role, weight, vector / np.linalg.norm(vector), seen)
+                yield _Clue(role, weight, vector / distance, distance, seen)
 
 
-def _guessed(clues: Sequence[_Clue]) -> Iterator[_Guesses]:
-    """How well directions are guessed in each role, by least squares."""
+def _by_role(clues: Sequence[_Clue]) -> list[list[_Clue]]:
     roles: dict[tuple[int, ...], list[_Clue]] = {}
     for clue in clues:
         roles.setdefault(clue.role, []).append(clue)
-    for some in roles.values():
+    return list(roles.values())
+
+
+def _mean(guesses: Iterator[_Guesses]) -> float:
+    """Of the errors; NaN of none."""
+    total = weight = 0.0
+    for own in guesses:
+        total += float((own.weight * own.error).sum())
+        weight += float(own.weight.sum())
+    return total / weight if weight else float("nan")
+
+
+def _distances(clues: Sequence[_Clue]) -> Iterator[_Guesses]:
+    """How well distances are guessed in each role by one number."""
+    for some in _by_role(clues):
+        ordered = sorted(some, key=lambda clue: clue.distance)
+        weights, distances = (np.array([getattr(c, name) for c in ordered]) for name in ("weight", "distance"))
+        total = weights.cumsum()
+        yield _Guesses(weights, np.abs(distances - distances[np.searchsorted(total, total[-1] / 2)]))
+
+
+def _directions(clues: Sequence[_Clue]) -> Iterator[_Guesses]:
+    """How well directions are guessed in each role, by least squares: 1 - cos."""
+    for some in _by_role(clues):
         seen, directions = np.stack([c.seen.T for c in some]), np.stack([c.direction for c in some])
         weights = np.array([c.weight for c in some])
         root = np.repeat(np.sqrt(weights), 3)
         best = np.linalg.lstsq(root[:, None] * seen.reshape(-1, 3), root * directions.reshape(-1), rcond=1e-9)[0]
         guess = seen @ best
         length = np.linalg.norm(guess, axis=1)
-        yield _Guesses(weights, (guess * directions).sum(axis=1) / np.where(length > 1e-6, length, np.inf))
+        yield _Guesses(weights, 1 - (guess * directions).sum(axis=1) / np.where(length > 1e-6, length, np.inf))
