@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -519,6 +520,26 @@ class TestCommandLine:
         cli.main([*words.split(), "--json"])
         assert json.loads(capsys.readouterr().out)["steps"] == 20
         cli.main(words.split())  # finished: nothing is done again
+
+    def test_md_says_whether_it_held_together_and_what_it_measured(self, capsys):
+        words = "md m.safetensors a.extxyz --index 0 --time 40steps --every 5steps --device cpu --out RUN"
+        cli.main(words.split())
+        out, err = capsys.readouterr()
+        assert "It ran to its end: 0.02 ps, at " in err and "Report: RUN/simulation.html" in err
+        table = [row.split() for row in out.splitlines()]
+        measured = json.loads(Path("RUN/simulation.json").read_text())["temperature"]
+        assert any(row[1:2] == ["temperature"] and f"{measured['value']:.4g}" in row for row in table)
+        assert any("density" in row and "g/cm³" in row for row in table)
+
+    def test_md_that_loses_the_structure_of_its_reference_exits_with_one(self, capsys, monkeypatch):
+        monkeypatch.setattr(observables, "COLLAPSED", 0.1)
+        words = "md m.safetensors a.extxyz --index 0 --time 40steps --every 5steps --device cpu --out RUN"
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*words.split(), "--reference", "a.extxyz"])
+        assert exit.value.code == 1
+        out, err = capsys.readouterr()
+        assert "But it lost the structure of the reference in the window that begins at 0 ps." in err
+        assert "RDF error of" in out
 
     def test_md_that_explodes_exits_with_one(self):
         words = "md m.safetensors a.extxyz --index 0 --timestep 20fs --tau 200fs --every 1steps --temperature 9000"

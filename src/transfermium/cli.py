@@ -282,7 +282,8 @@ def curve(arguments: Arguments) -> None:
 
 
 def md(arguments: Arguments) -> None:
-    """Molecular dynamics with a model, with a page about it."""
+    """Molecular dynamics with a model, with a page about it; exits with 1 where it did not hold together."""
+    from .report.simulation import held_together, rows
     from .simulate import md as run
 
     as_json = arguments.pop("json")
@@ -292,7 +293,9 @@ def md(arguments: Arguments) -> None:
     result = run(model, structure, out, verbose=not as_json, **arguments)
     if as_json:
         _print_json(result)
-    if result["stopped"]:  # which has been said
+    elif averages := rows(result):
+        results.print(table("Averages, with 95 % intervals", averages))
+    if not held_together(result):  # which has been said
         sys.exit(1)
 
 

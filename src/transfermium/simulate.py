@@ -178,12 +178,12 @@ def md(
         "stopped": simulation.trouble,
         **_observed(folder, settings, atoms, simulation.freedoms, skipped, pictured),
     }
-    from .report.simulation import page  # matplotlib takes a second
+    from .report.simulation import held_together, page, verdict  # matplotlib takes a second
 
     report = page(result).write(folder / "simulation.html")
     if verbose:
-        if simulation.trouble:
-            console.print(simulation.trouble, style="bold red", markup=False)
+        style = None if held_together(result) else "bold red"
+        console.print(verdict(result), style=style, markup=False, soft_wrap=True)
         console.print(f"Report: {report}", markup=False, soft_wrap=True)
     found: dict[str, Any] = json.loads(report.with_suffix(".json").read_text())
     return found

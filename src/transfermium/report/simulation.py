@@ -54,6 +54,11 @@ def page(result: Result) -> Page:
     return page.numbers(result)
 
 
+def held_together(result: Result) -> bool:
+    """Whether it neither exploded nor lost the structure of its reference."""
+    return not result["stopped"] and result.get("reference", {}).get("collapsed") is None
+
+
 def verdict(result: Result) -> str:
     """Whether it held together, in one or two sentences."""
     if result["stopped"]:
