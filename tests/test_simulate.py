@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 
 import ase.io
 import numpy as np
 import pytest
+import scipy.linalg
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator as AseCalculator
@@ -426,6 +428,23 @@ class TestRelaxations:
         assert atoms.info["relaxed"]
         assert np.abs(atoms.get_stress()).max() * atoms.get_volume() < 0.1
         assert atoms.get_volume() != pytest.approx(alloys(1)[0].get_volume(), rel=1e-4)
+
+    def test_of_the_logarithm_of_a_deformation_no_rounding_is_told(self, monkeypatch):
+        """And nothing else is kept from being told."""
+        logm = scipy.linalg.logm
+
+        def warning(words):
+            def told(matrix):
+                warnings.warn(words, RuntimeWarning, stacklevel=2)
+                return logm(matrix)
+
+            monkeypatch.setattr(scipy.linalg, "logm", told)
+
+        warning("logm result may be inaccurate, approximate err = 3e-13")
+        tm.relax(potential(), alloys(1), cell=True, steps=3, verbose=False)
+        warning("another one")
+        with pytest.warns(RuntimeWarning, match="another one"):
+            tm.relax(potential(), alloys(1), cell=True, steps=3, verbose=False)
 
     def test_labels_that_structures_came_with_give_way(self, tmp_path):
         atoms = alloys(1, seed=1)[0].copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -145,14 +146,16 @@ def _relaxed(
     engine = getattr(ase.optimize, optimizer)(FrechetCellFilter(atoms) if cell else atoms, logfile=None)
     good, first, results, trouble, converged = atoms.copy(), None, {}, None, False
     try:
-        for rest in engine.irun(fmax=fmax, steps=steps):
-            now = _results(atoms, wanted)
-            if not np.isfinite(now["forces"]).all() or not np.isfinite(now["energy"]):
-                raise InputError("its forces or its energy are no finite numbers")
-            if cell and not 1 / STRETCHED < atoms.get_volume() / volume < STRETCHED:
-                raise InputError(f"its volume became {atoms.get_volume() / volume:.3g} times what it was")
-            good, results, converged = atoms.copy(), now, bool(rest)
-            first = now["energy"] if first is None else first
+        with warnings.catch_warnings():  # of scipy, at every step, for errors of rounding
+            warnings.filterwarnings("ignore", "logm result may be inaccurate", RuntimeWarning)
+            for rest in engine.irun(fmax=fmax, steps=steps):
+                now = _results(atoms, wanted)
+                if not np.isfinite(now["forces"]).all() or not np.isfinite(now["energy"]):
+                    raise InputError("its forces or its energy are no finite numbers")
+                if cell and not 1 / STRETCHED < atoms.get_volume() / volume < STRETCHED:
+                    raise InputError(f"its volume became {atoms.get_volume() / volume:.3g} times what it was")
+                good, results, converged = atoms.copy(), now, bool(rest)
+                first = now["energy"] if first is None else first
     except InputError as error:
         trouble, converged = str(error), False
     return ended(good, converged, engine.nsteps, first, results, trouble)
