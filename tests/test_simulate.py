@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -287,6 +288,14 @@ class TestExplosions:
         tm.md(potential(), atoms, tmp_path / "run", **longer)
         assert ase.io.read(tmp_path / "run" / "final.extxyz").info["step"] == 60
         assert not (tmp_path / "run" / "last_good.extxyz").exists()
+
+    def test_a_volume_that_explodes_names_the_atom_with_the_largest_force(self, atoms, tmp_path, monkeypatch):
+        monkeypatch.setattr(dynamics, "STRETCHED", 1.0001)
+        run = {**SHORT, "ensemble": "npt", "pressure": "50GPa", "tau_pressure": "50fs"}
+        stopped = tm.md(potential(), atoms, tmp_path / "run", **run)["stopped"]
+        assert re.search(
+            r"the volume is [\d.]+ times what it was, with the largest force on atom \d \((Cu|Au)\)", stopped
+        )
 
     def test_a_structure_that_begins_so_is_refused(self, atoms, tmp_path):
         with pytest.raises(tm.InputError, match=r"begins with a force of .* relax it first"):

@@ -197,8 +197,9 @@ class Simulation:
             return f"{self._name(int(moved.argmax()))} moved by {fastest:.3g} Å in one step"
         if not (temperature := self.temperature()) < self.hottest:
             return f"the temperature is {temperature:.0f} K, with the largest force on {self._name(who)}"
-        if self.first_volume and not 1 / STRETCHED < self.atoms.get_volume() / self.first_volume < STRETCHED:
-            return f"the volume is {self.atoms.get_volume() / self.first_volume:.3g} times what it was"
+        stretched = self.atoms.get_volume() / self.first_volume if self.first_volume else 1.0
+        if not 1 / STRETCHED < stretched < STRETCHED:
+            return f"the volume is {stretched:.3g} times what it was, with the largest force on {self._name(who)}"
         if (self.step + 1) % self.row_every == 0:
             alone = self.bonded.copy()
             alone[self.atoms.calc.edges.neighbors(self.atoms).receivers] = False
