@@ -342,6 +342,22 @@ class TestErrors:
                 "pretrain a.extxyz --objective Potential --objective.frces 8 --out X",
                 "--objective has no option 'frces'; did you mean forces",
             ),
+            (
+                "pretrain a.extxyz --objective MaskAtoms --objective.radius 3 --out X",
+                "--objective has no option 'radius'$",
+            ),
+            (
+                "pretrain a.extxyz --objective=MaskAtoms --objective.fractio 3 --out X",
+                r"--objective has no option 'fractio'; did you mean fraction\?$",
+            ),
+            (
+                "pretrain a.extxyz --objective Potential --backbone PaiNN --backbone.radius 3 --out X",
+                r"--backbone has no option 'radius'; did you mean radial\?$",
+            ),
+            (
+                "pretrain a.extxyz --objective Potential --backbone.radius 3 --out X",
+                r"--backbone has no option 'radius'; did you mean radial\?$",
+            ),
             ("pretrain a.extxyz --objective Potential --objective.forces -1 --out X", "the weight of forces is -1"),
             ("pretrain a.extxyz --objective Potential --backbone.cutoff -1 --out X", "a cutoff of -1.0 Å"),
             ("pretrain a.extxyz --objective Property --out X", "objective needs --objective.name"),

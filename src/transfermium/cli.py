@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         VERBS[verb](values)
     except Misuse as error:
         _trace(argv)
-        _fail(_readable(str(error), _options(next(iter(argv), "")), _config_of(argv)))
+        _fail(_readable(str(error), _options(next(iter(argv), "")), argv))
     except InputError as error:
         _trace(argv)
         _fail(f"{files[0]}: {error}" if len(files) == 1 and re.match(r"structure \d", str(error)) else str(error))
@@ -853,13 +853,13 @@ def _yaml(content: Any) -> str:
     return yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True, width=110)
 
 
-def _readable(message: str, options: Sequence[str], config: str | None = None) -> str:
+def _readable(message: str, options: Sequence[str], argv: Sequence[str] = ()) -> str:
     """What jsonargparse says in one sentence, with the valid names nearest to an unknown one."""
     text = " ".join(message.split())
     if found := re.search(r"(?:Problems parsing|Unexpected) config: (.*)", text):
         cause = found[1].replace(' in "<unicode string>",', " in")
         cause = cause if len(cause) < 300 else f"{cause[:297]}..."
-        return f"Problems parsing config {config}: {cause}; write the options in it as YAML"
+        return f"Problems parsing config {_config_of(argv)}: {cause}; write the options in it as YAML"
     keys = re.findall(r'Parser key "([\w.-]+)"', text)  # the outer first
     option = f"--{'.'.join(keys)}"
     bases: dict[str, type] = {"objective": Objective, "backbone": Backbone}
@@ -869,7 +869,11 @@ def _readable(message: str, options: Sequence[str], config: str | None = None) -
         names = options if found[1].startswith("-") else [option.lstrip("-") for option in options]
         return f"there is no option {found[1]}{_nearest(found[1], names)}"
     if found := re.search(r"Option '([\w.-]+)' is not accepted", text):
-        names = [name for cls in classes for name in inspect.signature(cls).parameters]
+        outer = f"--{keys[0]}" if keys else ""
+        paths = _values(argv, outer, f"{outer}.class_path") + re.findall(r"'class_path': '([\w.]+)'", text)
+        named = [path.rpartition(".")[2] for path in paths]
+        meant = [cls for cls in classes if cls.__name__ in named] or classes
+        names = [name for cls in meant for name in inspect.signature(cls).parameters if name != found[1]]
         return f"{option} has no option '{found[1]}'{_nearest(found[1], names)}"
     if found := re.search(r"Importing '([\w.]+)' is not allowed", text):
         return (
@@ -933,9 +937,13 @@ def _is_own_path(path: str) -> bool:
 
 def _config_of(argv: Sequence[str]) -> str | None:
     """The last configuration file of a command."""
-    words = list(chain(*(word.split("=", 1) if word.startswith("--config=") else [word] for word in argv)))
-    named = [after for word, after in pairwise(words) if word == "--config"]
-    return named[-1] if named else None
+    return next(reversed(_values(argv, "--config")), None)
+
+
+def _values(argv: Sequence[str], *options: str) -> list[str]:
+    """What follows these options."""
+    words = chain(*(word.split("=", 1) if word.startswith("--") else [word] for word in argv))
+    return [after for word, after in pairwise(words) if word in options]
 
 
 def _trace(argv: Sequence[str]) -> None:
