@@ -20,7 +20,9 @@ from transfermium import cli
 from transfermium.graph import Cutoff
 
 RUN: dict[str, Any] = {"engine": "torch-sim", "device": "cpu", "verbose": False}
-with_torch_sim = pytest.mark.skipif(find_spec("torch_sim") is None, reason="needs the extra torch-sim")
+with_torch_sim = pytest.mark.skipif(
+    find_spec("torch_sim") is None, reason="needs the extra torch-sim: pip install -e '.[torch-sim]'"
+)
 
 
 @cache
