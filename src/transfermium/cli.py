@@ -650,8 +650,11 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
     parser.add_argument("--cost-per-label", type=str, default=None, help=help)
     parser.add_argument("--margin", type=float, default=0.1, help="of exponents, below which slopes are equal")
     _label_arguments(parser, "base-", " of the base's structures")
-    for of, said in (("", "of the labels, those that are tested too"), ("base-", "of the base's structures")):
-        help = f"use structures at this level of theory only, {said}"
+    for of, use, said in (
+        ("", "to train and to test on", "of the labels"),
+        ("base-", "to pre-train on", "of the base's"),
+    ):
+        help = f"only take structures at this level of theory {use}"
         parser.add_argument(f"--{of}level", type=str, default=None, help=help)
         _provenance_argument(parser, of, said)
     parser.add_argument("--viewer", action="store_true", help="test structures beside the parity plot, in the report")
