@@ -163,14 +163,6 @@ def elements(data: Path, do: Callable[..., Any]) -> None:
     )  # fmt: skip
 
 
-def small(data: Path, do: Callable[..., Any]) -> None:
-    """The model that ships, PBE with U, and few labels of 85 elements at PBEsol."""
-    do(
-        "small", data / "mad_pbesol_1000/all.extxyz.xz", tm.Potential(), base="small", arms=WITH_PROBE,
-        sizes=[20, 60, 180, 540], tuning="40s", edges=8_000, provenance=MAD,
-    )  # fmt: skip
-
-
 STUDIES = {
     "crystals": crystals,
     "water": water,
@@ -179,7 +171,6 @@ STUDIES = {
     "volumes": volumes,
     "gaps": gaps,
     "elements": elements,
-    "small": small,
 }
 
 
