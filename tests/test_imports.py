@@ -17,7 +17,7 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
     {"heads"},
     {"model", "objectives"},
     {"data", "distributed", "run", "crystals", "waters"},
-    {"train", "rehearsal", "dataset", "lora", "uncertainty"},
+    {"train", "rehearsal", "dataset", "lora", "uncertainty", "seen"},
     {
         "transfer",
         "stage",

@@ -173,7 +173,8 @@ class TestTraining:
         assert [line.split('"elapsed"')[0] for line in losses[0].splitlines()] == [
             line.split('"elapsed"')[0] for line in losses[1].splitlines()
         ]
-        assert models[1].card["uncertainty"] == {"none": "no calibration was asked for"} and not models[1].attached
+        assert models[1].card["uncertainty"] == {"none": "no calibration was asked for"}
+        assert models[1].attached.keys() == {"seen"}
 
     def test_each_fold_is_judged_by_the_checkpoint_that_the_others_choose(self):
         """Against all checkpoints of a run, kept by hand."""

@@ -37,6 +37,7 @@ from .objectives.base import has_volume
 from .objectives.base import label as as_label
 from .objectives.mask import Removal
 from .run import fingerprint
+from .seen import copies_of_seen
 from .train import chosen_device, evaluate_loss, in_parts
 from .uncertainty import OF_ATOMS, Uncertainty, of_atoms, percent, why_not
 from .unseen import WITHOUT
@@ -108,8 +109,8 @@ def evaluate(
             f"{', '.join(available(given)) or 'none'}; name their keys with --label NAME=KEY"
         )
     labelled = Labelled(given, labels)
-    if verbose and fingerprint(labelled) in [stage.get("data") for stage in model.card.get("history", [])]:
-        console.print("[yellow]The model was trained on these structures: on others it may err more[/yellow]")
+    if verbose and (told := _told_of_seen(model, labelled)):
+        console.print(f"[yellow]The model learned from {told}: on others it may err more[/yellow]")
     if verbose and labels.entries:
         console.print(labels.table())
     if verbose and (other := apart(model.card, objective, given, labels)) and other.wholly:
@@ -158,6 +159,15 @@ def _coverage(
                 held = (of_atoms(error) if entry.per == "atom" else np.abs(error).max()) <= bound
             found.setdefault(name, []).append(bool(held))
     return {name: float(np.mean(own)) for name, own in found.items()}
+
+
+def _told_of_seen(model: Model, structures: Labelled) -> str:
+    """How many of the structures a model has seen, in words; empty where none is known to be."""
+    copies = copies_of_seen(model, structures)
+    if copies is None:
+        trained = fingerprint(structures) in [stage.get("data") for stage in model.card.get("history", [])]
+        return "these structures" if trained else ""
+    return f"{copies.found:,} of these {copies.of:,} structures" if copies.found else ""
 
 
 def losses(

@@ -28,6 +28,7 @@ from .objectives import Objective
 from .rehearsal import rehearse
 from .replay import NEW, Beside, Ledger, show_forgetting
 from .run import claim, write_json
+from .seen import KEY, seen_by
 from .train import Progress, TrainConfig, chosen_device, is_out_of_memory, read_metrics, train
 from .uncertainty import CrossChoice
 
@@ -133,6 +134,7 @@ def trained(
     model.card["uncertainty"], model.attached = calibrated(
         model, objective, cross, data.train, data.valid, config.edges, prefix
     )
+    model.attached[KEY] = distributed.from_first(lambda: seen_by((data.unlabelled, data.unlabelled_valid), base))
     if "rotation" not in model.backbone.laws:
         error = equivariance_error(model, data.valid if len(data.valid) else data.train, objective, seed=config.seed)
         model.card["equivariance error"] = error

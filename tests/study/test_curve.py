@@ -496,7 +496,7 @@ def test_a_base_that_exists(tmp_path):
     errors = {row["mae"] for row in first["errors"] if row["arm"] == "zero-shot" and row["quantity"] == "forces"}
     assert len(errors) == 1  # no label changes it
     assert [row["mae"] for row in first["errors"]] == [row["mae"] for row in second["errors"]]
-    assert "not compared with the test structures" in first["base"]
+    assert "no test structure is a copy of one that it learned from" in first["base"]
     assert first["theory"]["base"] == second["theory"]["base"] == "PBE (20)"
 
 

@@ -190,6 +190,7 @@ def curve(
         "leaks": study.leaks,
         "left out of the labels": study.left_out,
         "base": study.said_of_base,
+        "copies that the base has seen": study.copies,
         "theory": {
             **{side: study.data[side]["level of theory"] for side in ("labels", "test")},
             "base": study.theory_of_base or _said_of_base(points),

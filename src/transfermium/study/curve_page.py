@@ -113,7 +113,9 @@ def _unseen(result: Result) -> str:
     many = f"{result['test structures']} test structures"
     if result["base sizes"]:
         return f"{many} that no model has seen"
-    return f"{many} (whether the base has seen them is not known)"
+    if result.get("copies that the base has seen") is None:
+        return f"{many} (whether the base has seen them is not known)"
+    return f"{many} (no copies of any that the base has seen)"
 
 
 def _show_example(page: Page, example: Example, viewer: bool) -> None:

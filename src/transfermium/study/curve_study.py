@@ -31,6 +31,7 @@ from ..objectives import Fidelities, Objective, Property
 from ..objectives.together import Parts
 from ..probe import probes
 from ..run import fingerprint
+from ..seen import copies_of_seen
 from ..transfer import check_known, weights_fingerprint
 from .baselines import AS_IT_IS, baselines, compositions_of, unlabelled
 from .bounds import both, in_words, seconds_of
@@ -181,6 +182,7 @@ class Study:
         self.pool, self.test = self.packs.add("pool", pool), self.packs.add("test", tests)
 
         self.base: Model | None = None
+        self.copies: int | None = None  # of test structures that a finished base has seen; None where it is not known
         self.model: str | None = None
         self.base_sizes: list[int] = []
         self.leaks = self.theory_of_base = ""
@@ -200,9 +202,20 @@ class Study:
         self._check_units({name: unit for name, (_, unit) in own.card.get("quantities", {}).items()})
         self.backbone, self.theory_of_base = copied(own.backbone), theory(own.card)
         self.base, self.model = found, f"base-{weights_fingerprint(found)}.safetensors"
+        name, copies = base if not isinstance(base, Model) else "a model", copies_of_seen(own, self.test_atoms)
+        if copies and copies.found:
+            raise InputError(
+                f"{name}: the base learned from {copies.found} of {copies.of} test structures, so that errors on them "
+                "say nothing of others: give test structures that it has not seen (--test), or let bases be "
+                "pre-trained without them (--base-data)"
+            )
+        self.copies = None if copies is None else copies.found
         self.said_of_base = (
-            f"{base if not isinstance(base, Model) else 'a model'}: what it was trained on is not compared with the "
-            "test structures; if it has seen them, its arms look better than they are"
+            f"{name}: what it was trained on is not compared with the test structures; if it has seen them, its arms "
+            "look better than they are"
+            if copies is None
+            else f"{name}: no test structure is a copy of one that it learned from; whether other structures of the "
+            "test materials were among these is not known"
         )
 
     def _check_known(self, outputs: Mapping[str, Output], width: int) -> None:
