@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -11,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .console import track
+from .data.sequences import Subset
 from .graph import Cutoff
 from .model import Model
 
 KEY = "seen"  # of the marks, among what is saved beside the weights
 MOST, KEPT = 20_000, 100_000  # structures that are marked of a stage, and marks that are kept of all stages
+SOME = 1_000  # structures, which take a second or two
 PAIRS = Cutoff(5.0)
-STEP = (
-    1e-4  # relative, of sums over pairs: above what rounding in files does, below what tells frames of a liquid apart
-)
+STEP = 1e-4  # relative, of sums: above what rounding in files does, below what tells frames of a liquid apart
 
 
-def marks(structures: Sequence[ase.Atoms]) -> np.ndarray:
+def marks(structures: Iterable[ase.Atoms]) -> np.ndarray:
     """One number for each geometry, (n_structures,) of int64; labels are no part of it.
 
     It is the same for copies that are moved, turned, mirrored or repeated, in any order of atoms, or rounded to single
@@ -32,15 +34,13 @@ def marks(structures: Sequence[ase.Atoms]) -> np.ndarray:
     return np.array([_mark(atoms) for atoms in structures], np.int64)
 
 
-def seen_by(structures: Sequence[Sequence[ase.Atoms]], base: Model | None) -> Tensor:
+def seen_by(structures: Sequence[Sequence[ase.Atoms]], base: Model | None, quiet: bool = True) -> Tensor:
     """Marks of what a stage learned from and validated with, beside those of its base; of very many a part."""
     found = [] if (earlier := _marks_of(base)) is None else [earlier]
     total = sum(map(len, structures))
     for some in structures:
-        few = np.unique(
-            np.linspace(0, len(some) - 1, min(len(some), -(-MOST * len(some) // max(total, 1)))).astype(int)
-        )
-        found.append(marks([some[int(i)] for i in few]))
+        part = _evenly(some, math.ceil(MOST * len(some) / max(total, 1)))
+        found.append(marks(track(part, "marking what was seen", quiet=quiet or len(part) < SOME)))
     return torch.from_numpy(np.unique(np.concatenate(found))[:KEPT])  # marks are hashes: the smallest are a fair part
 
 
@@ -59,12 +59,13 @@ def copies_of_seen(model: Model, structures: Sequence[ase.Atoms]) -> Copies | No
     known = _marks_of(model)
     if known is None:
         return None
-    some = [atoms for atoms in _evenly(structures, min(len(structures), MOST)) if len(atoms) > 1 or atoms.pbc.any()]
+    some = [atoms for atoms in _evenly(structures, MOST) if len(atoms) > 1 or atoms.pbc.any()]
     return Copies(int(np.isin(marks(some), known).sum()), len(some))
 
 
-def _evenly(structures: Sequence[ase.Atoms], n: int) -> list[ase.Atoms]:
-    return [structures[int(i)] for i in np.unique(np.linspace(0, len(structures) - 1, n).astype(int))]
+def _evenly(structures: Sequence[ase.Atoms], most: int) -> Sequence[ase.Atoms]:
+    few = np.linspace(0, len(structures) - 1, min(len(structures), most)).astype(int)
+    return Subset(structures, np.unique(few))
 
 
 def _marks_of(model: Model | None) -> np.ndarray | None:

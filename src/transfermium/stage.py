@@ -134,7 +134,8 @@ def trained(
     model.card["uncertainty"], model.attached = calibrated(
         model, objective, cross, data.train, data.valid, config.edges, prefix
     )
-    model.attached[KEY] = distributed.from_first(lambda: seen_by((data.unlabelled, data.unlabelled_valid), base))
+    seen = (data.unlabelled, data.unlabelled_valid)
+    model.attached[KEY] = distributed.from_first(lambda: seen_by(seen, base, quiet=not verbose))
     if "rotation" not in model.backbone.laws:
         error = equivariance_error(model, data.valid if len(data.valid) else data.train, objective, seed=config.seed)
         model.card["equivariance error"] = error
