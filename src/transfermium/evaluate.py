@@ -110,7 +110,7 @@ def evaluate(
         )
     labelled = Labelled(given, labels)
     if verbose and (told := _told_of_seen(model, labelled)):
-        console.print(f"[yellow]The model learned from {told}: on others it may err more[/yellow]")
+        console.print(f"[yellow]The model was trained on {told}: on others it may err more[/yellow]")
     if verbose and labels.entries:
         console.print(labels.table())
     if verbose and (other := apart(model.card, objective, given, labels)) and other.wholly:
