@@ -79,7 +79,7 @@ VERBS = {
     "relax": Verb("relax {model} {data}/few.extxyz --steps 15 --device cpu --out {out}", "relaxed.extxyz"),
     "predict": Verb("predict {model} {data}/many.extxyz --edges 400 --device cpu --out {out}", "predicted.extxyz"),
     "curve": Verb(
-        "curve {data}/alloys.extxyz --objective Property --objective.name gap --base {model} --sizes 5,10 --seeds 2 "
+        "curve {data}/others.extxyz --objective Property --objective.name gap --base {model} --sizes 5,10 --seeds 2 "
         "--arms scratch full --rates 0.01 --tuning 8steps --edges 400 --out {out}"
     ),
     "bakeoff": Verb(
@@ -410,8 +410,9 @@ def without_clocks(content: Any) -> Any:
 
 def write_data(folder: Path) -> None:
     """Structures, and a potential of them."""
-    structures = alloys(24)
+    structures, others = alloys(48)[:24], alloys(48)[24:]
     ase.io.write(folder / "alloys.extxyz", structures)
+    ase.io.write(folder / "others.extxyz", others)  # that no model has seen
     ase.io.write(folder / "few.extxyz", structures[:12])
     ase.io.write(folder / "one.extxyz", structures[0] * (2, 1, 1))
     ase.io.write(folder / "many.extxyz", [structures[i % 24] for i in range(600)])
