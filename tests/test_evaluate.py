@@ -361,7 +361,7 @@ def test_structures_it_was_trained_on_are_told(capsys):
     for structures, told in ((data, True), (alloys(12, seed=3), False)):
         capsys.readouterr()
         tm.evaluate(model, structures)
-        assert ("The model was trained on 12 of these 12 structures" in " ".join(capsys.readouterr().err.split())) is told
+        assert ("trained on 12 of these 12 structures" in " ".join(capsys.readouterr().err.split())) is told
     model.attached = {}  # as of files that do not know
     tm.evaluate(model, data)
     assert "The model was trained on these structures" in " ".join(capsys.readouterr().err.split())
