@@ -45,8 +45,8 @@ def apart(
     numbers, found = origins(structures)
     often = np.bincount(numbers[has(structures, keys)], minlength=len(found)).tolist()
     known = {i: names for i, origin in enumerate(found) if often[i] and (names := _names(origin))}
-    others = [i for i, names in known.items() if not any(_agree(a, b) for a in names for b in learned)]
-    ruled = others and any(_agree(level, name) for level in RULED for name in learned)
+    others = [i for i, names in known.items() if not any(agree(a, b) for a in names for b in learned)]
+    ruled = others and any(agree(level, name) for level in RULED for name in learned)
     if ruled and by_rule(structures, numbers, found):
         others = [i for i in others if not RULED & set(known[i])]
     if not others:
@@ -78,7 +78,7 @@ def _clear(name: str) -> bool:
     return name.lower() not in VAGUE and not name.startswith(TAUGHT)
 
 
-def _agree(one: str, other: str) -> bool:
+def agree(one: str, other: str) -> bool:
     """Whether one of two levels names the other: "PBE, VASP" is PBE, but neither PBEsol nor PBE+U is."""
     one, other = sorted((one.lower(), other.lower()), key=len)
     return re.search(rf"(?<![\w+-]){re.escape(one)}(?![\w+-])", other) is not None

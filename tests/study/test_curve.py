@@ -19,7 +19,7 @@ from transfermium.data.split import independent
 from transfermium.errors import InputError
 from transfermium.model import load
 from transfermium.report import need_viewer
-from transfermium.study.curve import _without_training, curve
+from transfermium.study.curve import _print, _without_training, curve
 from transfermium.study.curve_figures import grown_drawn, worth_drawn
 from transfermium.study.curve_laws import Curves, goal_of, runs_in_words, summary
 from transfermium.study.curve_page import page
@@ -898,12 +898,14 @@ def test_what_structures_to_pretrain_on_are_worth_is_drawn_and_told(study, tmp_p
     assert "a = 0.40 (0.30 to 0.50)" in html
 
 
-def test_what_a_label_is_worth_is_printed(tmp_path, capsys):
-    result = small(tmp_path, cost_per_label="2h", quiet=False)
+def test_what_a_label_is_worth_is_printed(study, capsys):
+    _, result = study
+    saved = {"said": "30 hours (10 to 70)", "value": 30.0, "ci": [10.0, 70.0]}
+    row = {"n_train": 5, "said": "4 (2 to 8)", "value": 4.0, "ci": [2.0, 8.0], "hours saved": saved}
+    _print({**result, "factors": {quantity: {"full": [row]} for quantity in result["units"]}})
     printed = " ".join(capsys.readouterr().out.split())
-    bounded = [quantity for quantity in result["units"] if worths(result, quantity, "said")]
-    assert printed.count("Labels from scratch that one label is worth (95 %)") == len(bounded)
-    assert printed.count("Hours of calculations saved (95 %)") == len(bounded)
+    assert printed.count("4 (2 to 8)") == printed.count("30 hours (10 to 70)") == len(result["units"])
+    assert printed.endswith(result["verdict"])
 
 
 def test_arms_that_bases_have_no_output_for_are_refused_or_left_out(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ..card import theory
 from ..data.provenance import compared, origins
+from ..levels import agree
 from .base import Case, Finding, some
 
 
@@ -42,7 +42,7 @@ def check(case: Case) -> Iterator[Finding]:
         case.base is not None
         and (known := theory(case.base.card))
         and (values := found.total("level"))
-        and not any(_names(known, value) for value in values)
+        and not any(agree(known, value) for value in values)
     ):
         yield Finding(
             "levels-base",
@@ -51,8 +51,3 @@ def check(case: Case) -> Iterator[Finding]:
             "energies of the two have different zeros, which fine-tuning aligns first",
             case.train("--strategy aligned", f"finetune {case.name('base')}", "aligned"),
         )
-
-
-def _names(words: str, level: str) -> bool:
-    """Whether words name this very level: PBE is neither PBEsol nor PBE+U."""
-    return re.search(rf"(?<![\w+-]){re.escape(level)}(?![\w+-])", words) is not None
