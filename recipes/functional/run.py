@@ -59,6 +59,7 @@ def water(data: Path, do: Callable[..., Any]) -> None:
     do("water-long", labels, objective, sizes=[10, 20, 40, 80, 160], arms=longer, **shared)
     joint = ["scratch", "probe", "full", "multi-fidelity"]
     do("water-joint", labels, objective, sizes=[10, 80], arms=joint, **shared)
+    do("water-probe", labels, objective, sizes=[5, 10, 20, 40, 80, 160], arms=["scratch", "aligned", "probe"], **shared)
 
 
 def molecules(data: Path, do: Callable[..., Any]) -> None:
