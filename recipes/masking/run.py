@@ -7,6 +7,7 @@
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --ablations 1
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --source rigid    TIP3P, or flexible
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --all 1           and 300 labels
+    python recipes/masking/run.py --data DIR --only pbe0ts --backbone EGNN --pretraining 8000 --sizes 10 --arms mask
 
 Every way of pre-training is one `curve` with the same labels, test frames, steps and search of learning rates; what is
 learned from scratch is computed once. Finished cells are kept in `--runs`, so that the same command goes on; each
@@ -129,7 +130,7 @@ def ablations(conservative: bool, single: bool) -> dict[str, Objective]:
 def main() -> None:
     args = arguments(
         __doc__, only="", backbone="", seeds=3, workers=2, source="own", all=0, pretraining=STEPS, tuning=TUNING,
-        sigma=0.0, ablations=0,
+        sigma=0.0, ablations=0, sizes="", arms="",
     )  # fmt: skip
     for name, study in STUDIES.items():
         if args.only not in ("", name) or (not args.only and name != "pbe0ts"):
@@ -143,6 +144,8 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
     architecture, conservative = BACKBONES[backbone]
     pool, test = study.pool(args.data), study.test(args.data)
     sizes = [*study.sizes, *study.more] if args.all else CORE.get(backbone, study.sizes)
+    sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else sizes
+    wanted = args.arms.split(",") if args.arms else []
     source = pool if args.source == "own" else tm.water(args.source)
 
     def do(objective: Objective, sizes: Sequence[int], seeds: int, arms: Sequence[str], steps: int) -> Any:
@@ -166,21 +169,25 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
     losses: dict[float, float] = {}
     if args.ablations:
         for arm, objective in ablations(conservative, study.single).items():
-            compared(arm, objective, sizes[:1])
+            if not wanted or arm in wanted:
+                compared(arm, objective, sizes[:1])
         return
 
     middle = [sizes[-1]] if len(sizes) == 1 else [sizes[1]]
     # unless it is given, the noise is chosen by validation labels of the first seed, before anything else is compared
-    for sigma in [args.sigma] if args.sigma else SIGMAS:
+    searched = not wanted or {"denoise", "mask_denoise"} & set(wanted)
+    for sigma in [args.sigma] if args.sigma else SIGMAS if searched else []:
         found = do(tm.Denoise(sigma, conservative=conservative), middle, 1, ["scratch", "full"], args.pretraining)
         folder = args.runs / "masking" / name / "cells"
         losses[sigma] = min(_best(folder / row["cell"])[1] for row in found["errors"] if row["arm"] == "full")
-    sigma = min(losses, key=losses.__getitem__)
-    for arm, objective in objectives(conservative, study.single, sigma).items():
-        compared(arm, objective, sizes, sigma)
-    mask = objectives(conservative, study.single, sigma)["mask"]
-    result = do(mask, middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
-    keep(args, name, backbone, "scratch_long", {}, result)
+    sigma = min(losses, key=losses.__getitem__, default=SIGMAS[0])  # of nothing where no noise is asked for
+    ways = objectives(conservative, study.single, sigma)
+    for arm, objective in ways.items():
+        if not wanted or arm in wanted:
+            compared(arm, objective, sizes, sigma)
+    if not wanted or "scratch_long" in wanted:
+        result = do(ways["mask"], middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
+        keep(args, name, backbone, "scratch_long", {}, result)
 
 
 def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], result: dict[str, Any]) -> None:
