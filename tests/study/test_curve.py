@@ -647,6 +647,12 @@ def test_frames_of_one_material_are_drawn_one_by_one(tmp_path):
     assert "structures of one material test" in (tmp_path / "report.html").read_text()
 
 
+def test_of_arms_without_validation_the_one_that_fits_most_is_judged(tmp_path):
+    result = small(tmp_path, sizes=[5], seeds=2, arms=["zero-shot", "aligned", "probe"])
+    assert "with probe are" in result["verdict"]
+    assert result["verdict by"] == "its place among the arms"
+
+
 def metals(n, seed):
     structures = alloys(n, seed)
     for atoms in structures:

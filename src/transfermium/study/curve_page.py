@@ -253,7 +253,7 @@ CHOSEN = {
     "validation errors": "Of the arms that train a base further, the verdict is about the one with the smallest "
     "validation errors.",
     "its place among the arms": "Nothing chose between the arms on validation labels: the verdict is about the first "
-    "one that was named.",
+    "one that trains a base further, or else about the one that fits most to labels.",
 }
 
 

@@ -442,15 +442,17 @@ class Study:
     def best(self, points: Sequence[Mapping[str, Any]]) -> Arm | None:
         """The pre-trained arm with the smallest validation errors; nothing was tested to choose it.
 
-        Where nothing validates it is the first one that was named; a difference only where there is no other arm.
+        Where nothing validates it is the first one that trains, or else the one that fits most to labels; a difference
+        only where there is no other arm.
         """
         cases = [case for case in self.cases() if case[0] not in (SCRATCH, LONG)]
         cases = [case for case in cases if case[0] != DELTA] or cases
         cases = [
             case for case in cases if case[1] in (None, *self.base_sizes[-1:]) and name_of(case) not in self.dropped
         ]
-        trained = [case for case in cases if case[0] not in UNTRAINED]
-        return min(trained or cases, key=lambda case: validation_error(case, points, self.judged), default=None)
+        if trained := [case for case in cases if case[0] not in UNTRAINED]:
+            return min(trained, key=lambda case: validation_error(case, points, self.judged))
+        return max(cases, key=lambda case: UNTRAINED.index(case[0]), default=None)
 
     def chosen_by(self, case: Arm, points: Sequence[Mapping[str, Any]]) -> str:
         validated = math.isfinite(validation_error(case, points, self.judged))
