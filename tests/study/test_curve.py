@@ -651,6 +651,7 @@ def test_of_arms_without_validation_the_one_that_fits_most_is_judged(tmp_path):
     result = small(tmp_path, sizes=[5], seeds=2, arms=["zero-shot", "aligned", "probe"])
     assert "with probe are" in result["verdict"]
     assert result["verdict by"] == "its place among the arms"
+    assert all(row["train_seconds"] > 0 for row in result["errors"] if row["arm"] == "probe")
 
 
 def metals(n, seed):

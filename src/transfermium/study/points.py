@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ def point(
     }  # fmt: skip
     prior: Tensor | None = None
     said: dict[str, Any] = {"arm": arm, "n_train": n_train, "n_pretraining": n_pretraining, "seed": seed, "lr": lr}
+    began = time.process_time()
     try:
         if arm in DIRECT:
             trained = pretrain(chosen, objective, architecture, **options)
@@ -144,6 +146,8 @@ def point(
             raise
         return {**said, "errors": None, "validation": {}}  # never chosen
     cost = cost_of(trained)
+    if arm in UNTRAINED:  # which fit without steps
+        cost["seconds"] = round(time.process_time() - began, 2)
     validation = trained.card["metrics"].get("validation", {})
     tests = read(packed_at(folder, test))
     if guess:
