@@ -150,6 +150,41 @@ def ablations(runs: Sequence[tuple[Case, int, Rows]]) -> None:
                      errors(own, arm, "energy_mae"), f"{loss:.3f}", f"{mine[0]['floor']:.3f}")  # fmt: skip
 
 
+def worth() -> None:
+    """How many labels from scratch one label is worth after pre-training, by force errors, where curves have two sizes.
+
+    The steps of pre-training are not counted here; `scratch_long` spends them on labels.
+    """
+    print("\nWhat a label is worth, by force errors\n")
+    heading("curve", "labels: times as many from scratch (95 %)")
+    for file in sorted((HERE / "curves").glob("*.json")):
+        for found in json.loads(file.read_text())["factors"].get("forces", {}).values():
+            if found:
+                line(file.stem, "; ".join(f"{one['n_train']}: {one['said']}" for one in found))
+
+
+def reasons() -> None:
+    """What pre-trained models know of forces before any label: means over seeds."""
+    groups: dict[tuple[str, ...], Rows] = {}
+    for one in json.loads((HERE / "why.json").read_text()):
+        sigma = one.get("arguments", {}).get("sigma", 0.1)
+        what = f"Denoise, {sigma} Å" if one["objective"] == "Denoise" else one["objective"]
+        groups.setdefault((one["set"], one["backbone"], what, f"{one['steps']:,}"), []).append(one)
+    print("\nWhat is known of forces before any label\n")
+    heading("set", "backbone", "learned", "steps", "seeds", "cosine with forces", "force error of a probe (meV/Å)")
+    for group, own in sorted(groups.items()):
+        cosines = [one["cosine"]["all"] for one in own if "cosine" in one]
+        probes = [1000 * one["probe"]["forces"] for one in own if "probe" in one]
+        line(*group, str(len(own)), spread(cosines, 2), spread(probes, 0))
+
+
+def spread(found: Sequence[float], digits: int) -> str:
+    """Mean, smallest and largest."""
+    if not found:
+        return ""
+    return f"{np.mean(found):.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
+
+
 def panels(runs: Sequence[tuple[Case, int, Rows]]) -> dict[str, list[tuple[str, float, float, float]]]:
     """Rows of the figure, by title."""
     found: dict[str, list[tuple[tuple[int, int], tuple[str, float, float, float]]]] = {}
@@ -178,6 +213,8 @@ def main() -> None:
     compared([(case, n, own) for case, n, own in runs if {row["arm"] for row in own} & set(ARMS[1:])])
     losses(rows)
     ablations(runs)
+    worth()
+    reasons()
     shown = panels(runs)
     if shown:
         figure = forest(shown)
