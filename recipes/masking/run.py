@@ -164,7 +164,8 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         said = noise if "denoise" in arm else {"floor": objective.floor(source)}  # type: ignore[attr-defined]
         keep(args, name, backbone, arm, said, result)
         longer = "" if args.pretraining == STEPS else f"-after-{args.pretraining}"
-        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}{longer}.json", result)
+        some = f"-at-{args.sizes.replace(',', '-')}" if args.sizes else ""
+        write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}{longer}{some}.json", result)
 
     losses: dict[float, float] = {}
     if args.ablations:
