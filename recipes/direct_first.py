@@ -30,13 +30,15 @@ def main() -> None:
         frames = [pool[int(i)] for i in nested(range(len(pool)), [args.labels], seed=seed)[0]]
         for backbone in args.backbones.split(","):
             for arm, train in arms(frames, BACKBONES[backbone], args.seconds, seed).items():
-                model = min(map(train, RATES), key=lambda model: model.card["history"][-1]["best validation loss"])
-                stages = model.card["history"]
+                models = {lr: train(lr) for lr in RATES}
+                losses = {lr: model.card["history"][-1]["best validation loss"] for lr, model in models.items()}
+                rate = min(losses, key=losses.__getitem__)
+                stages = models[rate].card["history"]
                 record(
                     "direct_first", task=backbone, arm=arm, seed=seed, n_train=args.labels, seconds=args.seconds,
-                    lr=stages[-1]["config"]["lr"], steps=[stage["steps"] for stage in stages],
+                    lr=rate, steps=[stage["steps"] for stage in stages],
                     cpu_seconds=sum(stage["processor seconds"] for stage in stages),
-                    errors=short(tm.evaluate(model, test, verbose=False)),
+                    errors=short(tm.evaluate(models[rate], test, verbose=False)),
                 )  # fmt: skip
 
 
