@@ -8,10 +8,12 @@
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --source rigid    TIP3P, or flexible
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone TensorNet --all 1           and 300 labels
     python recipes/masking/run.py --data DIR --only pbe0ts --backbone EGNN --pretraining 8000 --sizes 10 --arms mask
+    python recipes/masking/run.py --data DIR --only pbe0ts --backbone EGNN --sizes 10 --rates 0.008,0.002 --arms mask
 
 Every way of pre-training is one `curve` with the same labels, test frames, steps and search of learning rates; what is
 learned from scratch is computed once. Finished cells are kept in `--runs`, so that the same command goes on; each
-finished curve goes into results.json beside this file, and `table.py` says what they say.
+finished curve goes into results.json beside this file, but for those with other learning rates, and `table.py` says
+what they say.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ def ablations(conservative: bool, single: bool) -> dict[str, Objective]:
 def main() -> None:
     args = arguments(
         __doc__, only="", backbone="", seeds=3, workers=2, source="own", all=0, pretraining=STEPS, tuning=TUNING,
-        sigma=0.0, ablations=0, sizes="", arms="",
+        sigma=0.0, ablations=0, sizes="", arms="", rates="",
     )  # fmt: skip
     for name, study in STUDIES.items():
         if args.only not in ("", name) or (not args.only and name != "pbe0ts"):
@@ -146,6 +148,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
     sizes = [*study.sizes, *study.more] if args.all else CORE.get(backbone, study.sizes)
     sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else sizes
     wanted = args.arms.split(",") if args.arms else []
+    rates = {"rates": [float(rate) for rate in args.rates.split(",")]} if args.rates else {}
     source = pool if args.source == "own" else tm.water(args.source)
 
     def do(objective: Objective, sizes: Sequence[int], seeds: int, arms: Sequence[str], steps: int) -> Any:
@@ -154,6 +157,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
             pool, tm.Potential(stress=0.0, conservative=conservative), args.runs / "masking" / name, base_data=source,
             base_objective=objective, part=part, test=test, backbone=architecture, arms=arms, sizes=sizes,
             seeds=seeds, pretraining=f"{steps}steps", tuning=f"{args.tuning}steps", edges=EDGES, workers=args.workers,
+            **rates,
         )  # fmt: skip
 
     def compared(arm: str, objective: Objective, sizes: Sequence[int], sigma: float = 0.0) -> None:
@@ -162,9 +166,11 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
         noise = {"sigma": sigma, "sigma_losses": {str(width): loss for width, loss in losses.items()}}
         said = noise if "denoise" in arm else {"floor": objective.floor(source)}  # type: ignore[attr-defined]
-        keep(args, name, backbone, arm, said, result)
+        if not rates:
+            keep(args, name, backbone, arm, said, result)
         longer = "" if args.pretraining == STEPS else f"-after-{args.pretraining}"
         some = f"-at-{args.sizes.replace(',', '-')}" if args.sizes else ""
+        some += f"-with-{args.rates.replace(',', '-')}" if rates else ""
         write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}{longer}{some}.json", result)
 
     losses: dict[float, float] = {}
@@ -188,7 +194,8 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
             compared(arm, objective, sizes, sigma)
     if not wanted or "scratch_long" in wanted:
         result = do(ways["mask"], middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
-        keep(args, name, backbone, "scratch_long", {}, result)
+        if not rates:
+            keep(args, name, backbone, "scratch_long", {}, result)
 
 
 def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], result: dict[str, Any]) -> None:
