@@ -511,6 +511,20 @@ class TestModels:
         )
         assert doctor(structures, base)["base-trained-on"].severity == "error"
 
+    def test_tests_that_a_base_has_seen(self) -> None:
+        structures = alloys(12)
+        base = tm.pretrain(
+            structures[:8], tm.Potential(), potential().backbone, steps=1, verbose=False, device="cpu"
+        )  # fmt: skip
+        held = [atoms.copy() for atoms in structures[6:]]
+        diagnosis = doctor(alloys(5, seed=9), base, held_out=held)
+        assert "seen 2 of 6 held-out structures" in diagnosis["base-seen-held-out"].title
+        for i, atoms in enumerate(structures):
+            atoms.info["split"] = "train" if i < 6 else "test"
+        diagnosis = doctor(structures, base)
+        assert diagnosis["base-seen"].structures == (6, 7)
+        assert "base-seen" not in kinds(doctor(structures[:6] + structures[8:], base))
+
     def test_a_base_without_energies(self) -> None:
         assert "elements-unseen" not in [one.kind for one in doctor(rattled(6), gap_model()).findings]
 

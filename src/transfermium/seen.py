@@ -56,11 +56,22 @@ def copies_of_seen(model: Model, structures: Sequence[ase.Atoms]) -> Copies | No
 
     Single atoms without a cell, all alike, are not counted; of more than `MOST` structures a part is looked at.
     """
+    seen = which_seen(model, _evenly(structures, MOST))
+    return None if seen is None else Copies(int((seen > 0).sum()), int((seen >= 0).sum()))
+
+
+def which_seen(model: Model, structures: Sequence[ase.Atoms]) -> np.ndarray | None:
+    """Of each structure 1 where a model has seen a copy of it, 0 where not, and -1 of single atoms without a cell.
+
+    None where its file does not know.
+    """
     known = _marks_of(model)
     if known is None:
         return None
-    some = [atoms for atoms in _evenly(structures, MOST) if len(atoms) > 1 or atoms.pbc.any()]
-    return Copies(int(np.isin(marks(some), known).sum()), len(some))
+    seen = np.full(len(structures), -1)
+    some = [i for i, atoms in enumerate(structures) if len(atoms) > 1 or atoms.pbc.any()]
+    seen[some] = np.isin(marks(structures[i] for i in some), known)
+    return seen
 
 
 def _evenly(structures: Sequence[ase.Atoms], most: int) -> Sequence[ase.Atoms]:

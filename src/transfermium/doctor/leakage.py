@@ -16,7 +16,9 @@ from ..data.leakage import FRAMES, Leak, leaks, tolerance_for
 from ..data.sequences import Subset
 from ..data.split import IDS, TEST, TRAIN, VALID, formulas, found_split_keys
 from ..errors import InputError
+from ..model import Model
 from ..run import fingerprint
+from ..seen import which_seen
 from .base import Case, Finding, Severity, counted, some
 from .duplicates import copies
 
@@ -170,14 +172,10 @@ def _base(case: Case) -> Iterator[Finding]:
             (),
             (f"fingerprint {min(trained)}",),
         )
+    yield from _seen(case, case.base)
     if case.base_data is not None:
-        sides = next(iter(_splits(case).items()), None)
-        chosen = case.everything
-        if sides:
-            values = codes(case.atoms, sides[0], word)[1]
-            test = [i for i, value in enumerate(values) if str(value).lower() in TEST]
-            chosen = np.flatnonzero(np.isin(sides[1], test)) if test else chosen
-        found, severity = _leaks(case, chosen, case.base_data)
+        test = _to_test_on(case)
+        found, severity = _leaks(case, test if len(test) else case.everything, case.base_data)
         if found:
             sure = severity == "error"
             what = "In the data of the base, or of a material that is" if sure else "Much like data of the base"
@@ -190,6 +188,29 @@ def _base(case: Case) -> Iterator[Finding]:
                 some(leak.index for leak in found),
                 tuple(leak.why for leak in found[:3]),
             )
+
+
+def _to_test_on(case: Case) -> np.ndarray:
+    """Structures that a split sets apart for tests; none without such a split."""
+    for key, sides in _splits(case).items():
+        values = codes(case.atoms, key, word)[1]
+        return np.flatnonzero(np.isin(sides, [i for i, value in enumerate(values) if str(value).lower() in TEST]))
+    return np.zeros(0, int)
+
+
+def _seen(case: Case, base: Model) -> Iterator[Finding]:
+    """Tests that the file of the base has marks of."""
+    members = np.setdiff1d(_to_test_on(case), list(case.contacts.unusable))
+    why = "the base has seen them: errors on them are too small, and savings by pre-training too large"
+    evidence = ("by marks of structures in the file of the base",)
+    if len(members) and (seen := which_seen(base, Subset(case.atoms, members))) is not None and (seen > 0).any():
+        title = f"The base has seen {int((seen > 0).sum()):,} of {counted(len(members))} to test on"
+        fix = case.drop("base-seen")
+        yield Finding("base-seen", "error", title, why, fix, some(members[seen > 0]), evidence)
+    if case.held_out is not None and (seen := which_seen(base, case.held_out)) is not None and (seen > 0).any():
+        title = f"The base has seen {int((seen > 0).sum()):,} of {counted(len(seen), 'held-out structure')}"
+        fix = f"transfermium info {case.name('base')}"
+        yield Finding("base-seen-held-out", "error", title, why, fix, (), evidence)
 
 
 def _leaks(case: Case, members: np.ndarray, others: Sequence[Atoms]) -> tuple[list[Leak], Severity]:
