@@ -66,6 +66,17 @@ def test_what_is_linear_in_the_features_is_found() -> None:
     assert report_of(found)["probe"] == LINEAR
 
 
+def test_a_frame_that_is_far_off_does_not_rule_the_fit() -> None:
+    """Beside a correction that fits all other frames: errors and not their squares count."""
+    truth = corrected()
+    given, tests = (labelled_by(truth, alloys(n, seed=seed)) for n, seed in ((40, 1), (20, 9)))
+    usual = errors(probe(given), tests)["forces"]
+    given[7].calc.results["forces"] = given[7].get_forces() + np.random.default_rng(0).normal(
+        0, 30.0, (len(given[7]), 3)
+    )
+    assert errors(probe(given), tests)["forces"] < max(2 * usual, 0.05 * errors(potential(), tests)["forces"])
+
+
 @pytest.mark.parametrize("quantity", ["energy", "forces", "stress"])
 def test_each_label_alone_is_enough(quantity: str) -> None:
     """What is learned of one quantity holds for the others, as they are derivatives of one energy."""

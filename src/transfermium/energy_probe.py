@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ase
@@ -33,6 +34,9 @@ LEAST = 3  # structures, or folds that have a quantity which is to choose the pe
 PENALTIES = np.logspace(-7, 2, 19)  # relative to the mean square of what a direction does
 FREE = 1e-4  # relative penalty of moving references that have none
 BALANCES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the weight of energies, which rules a fit that forces know more of
+TINY = 1e-12  # eV and so on, below which nothing is off
+HUBER = 2.0  # medians of what is left, beyond which a row counts by its error rather than its square
+ROUNDS = 2  # of trust, each by the fit before it
 STEP = 100.0  # eV: references of what is left out are known to that, which tells nothing and keeps digits
 FLOOR = 1e-3  # of the typical size of a label, below which smaller errors count no more
 UNITS = {"energy": "eV/atom", "forces": "eV/Å", "stress": "eV/Å^3"}
@@ -80,9 +84,10 @@ def probed_energy(
 
     What is left of energies, forces and stress is linear in sums over atoms of their features, along principal
     directions of these, in derivatives of such sums, and in reference energies: a ridge regression, weighted as the
-    objective weights errors, or energies less. Its penalty and the weight of energies are those with the smallest
-    errors on what is left out, a tenth at a time, materials whole, by the geometric mean over quantities; references
-    without a correction compete too.
+    objective weights errors, or energies less; beyond twice the median of what is left, errors count themselves rather
+    than their squares (Huber), or single frames with large forces would rule the fit. Its penalty and the weight of
+    energies are those with the smallest errors on what is left out, a tenth at a time, materials whole, by the
+    geometric mean over quantities; references without a correction compete too.
 
     Args:
         model: with the outputs of the objective; an energy that is not among the `kept` heads begins with references.
@@ -118,12 +123,15 @@ def probed_energy(
     head.references.copy_(after)
     n = directions.vectors.shape[1]
     plain, best = _chosen(known, n)
+    for _ in range(ROUNDS if np.isfinite(best.penalty) else 0):
+        known = _trusted(known, best, n)
+        best = _chosen(known, n)[1]
     known = _settled(known, best.balance, best.held)
     correction = directions.vectors @ _solved(_normal(known), n, best.penalty, _anchor(known))[:n]
     head.correction += torch.from_numpy(correction).to(head.correction.device)
     head.center += torch.from_numpy(directions.centers @ correction).to(head.center.device)
     found: dict[str, Any] = {
-        "probe": NONE if best is plain else LINEAR,
+        "probe": LINEAR if np.isfinite(best.penalty) else NONE,
         "features": n,
         "errors of what is left out": {
             name: {"before": plain.errors[name], "after": best.errors[name], "unit": UNITS[name]}
@@ -210,11 +218,18 @@ class Equations(NamedTuple):
     judged: np.ndarray  # whether the other parts can be asked about it, (n,)
     weight: float  # of an error in the units of the quantity
     anchor: float = 0.0  # how many labels of an element alone its old reference counts as
+    trust: Mapping[int | None, np.ndarray] = MappingProxyType({})  # in each row, (n,), by the part that is left out
 
     def normal(self, without: int | None) -> np.ndarray:
         """Means of products, over all parts but one."""
-        kept = self.rows[self.folds != without]
-        return kept.T @ kept / max(len(kept), 1)
+        here = self.folds != without
+        kept = self.rows[here]
+        trusted = kept * self.trust[without][here, None] if self.trust else kept
+        return np.asarray(trusted.T @ kept / max(len(kept), 1))
+
+    def off(self, weights: np.ndarray) -> np.ndarray:
+        """Absolute errors of each row, (n,)."""
+        return np.abs(self.rows[:, -1] - self.rows[:, :-1] @ weights)
 
 
 def _known(
@@ -362,6 +377,23 @@ def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
     return plain, min([plain, *chain.from_iterable(fits)], key=mean)
 
 
+def _trusted(known: Mapping[str, Equations], fit: Fit, n: int) -> dict[str, Equations]:
+    """With less trust in rows that a fit is far off, as Huber's loss has it; nothing that is left out has a say."""
+    settled = _settled(known, fit.balance, fit.held)
+    parts = [None, *np.unique(np.concatenate([own.folds for own in known.values()])).tolist()]
+    weights = {k: _solved(_normal(settled, k), n, fit.penalty, _anchor(settled, k)) for k in parts}
+    found = {}
+    for name, own in known.items():
+        trust: dict[int | None, np.ndarray] = {}
+        for k, each in weights.items():
+            off = own.off(each)
+            here = own.folds != k
+            most = max(HUBER * float(np.median(off[here])), TINY) if here.any() else TINY
+            trust[k] = np.minimum(most / np.maximum(off, TINY), 1.0)
+        found[name] = own._replace(trust=trust)
+    return found
+
+
 def _settled(known: Mapping[str, Equations], balance: float, held: bool) -> dict[str, Equations]:
     """With this part of the weight of energies, and references that are held to what they were, or free."""
     return {
@@ -406,9 +438,5 @@ def _solved(normal: np.ndarray, n: int, penalty: float, anchor: float = 0.0) -> 
 
 def _error(known: Equations, weights: Mapping[int, np.ndarray]) -> float:
     """Mean absolute error, each fold by the weights that were found without it."""
-    errors = [
-        np.abs(own[:, -1] - own[:, :-1] @ found)
-        for k, found in weights.items()
-        for own in [known.rows[known.judged & (known.folds == k)]]
-    ]
+    errors = [known.off(found)[known.judged & (known.folds == k)] for k, found in weights.items()]
     return float(np.concatenate(errors).mean())
