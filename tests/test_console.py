@@ -38,6 +38,14 @@ def test_names_are_whole_where_a_table_has_little_room():
     assert "…" not in shown and "_" in shown
 
 
+def test_rows_with_other_names_have_columns_of_their_own():
+    console = Console(file=io.StringIO(), width=80)
+    rows = [{"quantity": "element", "accuracy": 0.5, "unit": ""}, {"quantity": "forces", "MAE": 0.25, "unit": "Å"}]
+    console.print(table("errors", rows))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    assert ["element", "0.5", "", ""] in lines and ["forces", "", "0.25", "Å"] in lines
+
+
 def test_nothing_is_told_of_what_is_short_or_silent(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=False)
     with bars.Bars(console=console) as shown:

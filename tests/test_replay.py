@@ -14,6 +14,7 @@ import transfermium as tm
 import transfermium.replay
 from tests.alloys import QUICK, alloys, gap_model, painn, potential, same_bits, weights_of, without
 from tests.test_lora import stop_after
+from tests.waters import waters
 from transfermium import cli
 from transfermium.dataset import TrainingData
 from transfermium.replay import Replay, beside, forgetting, generated
@@ -322,6 +323,16 @@ class TestLedger:
         assert (
             forgotten(model)["energy_per_atom"]["after"] < 0.5 * shifted
         )  # which has the references of the new labels
+
+    @pytest.mark.parametrize("objective", [tm.MaskAtoms(), tm.MaskPositions(), tm.MaskElements(), tm.Denoise()])
+    def test_a_base_of_any_objective_has_one(self, objective):
+        water = [waters(4, seed) for seed in range(8)]
+        start = tm.pretrain(water, objective, painn(cutoff=3.0), steps=2, **QUICK)
+        for atoms in water:
+            atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.zeros((len(atoms), 3)))
+        tuned = tm.finetune(start, water, tm.Potential(stress=0.0), steps=2, ledger=water, **QUICK)
+        assert all(np.isfinite([found["before"], found["after"]]).all() for found in forgotten(tuned).values())
+        assert forgotten(tuned)
 
     def test_of_a_new_property_the_bases_readout_on_the_new_backbone_is_judged(self):
         structures = alloys(8, seed=2)

@@ -329,6 +329,7 @@ class TestRefusals:
             ({"tau_pressure": "2ps"}, "leave tau_pressure"),
             ({"tau_pressure": "2", "ensemble": "npt", "pressure": "1bar"}, "tau_pressure is '2', which is no time"),
             ({"skip": "40fs"}, "leave something"),
+            ({"time": "0ps"}, "time is 0ps, but must be a step of 1 fs at least"),
             ({"skip": "-5steps"}, "no number of steps"),
             ({"time": "nanps"}, "which is no time"),
             ({"time": "infps"}, "which is no time"),
@@ -396,6 +397,13 @@ class TestPage:
         moved = (frames[-1].positions - frames[0].positions)[[1, 3]]
         assert result["msd"]["Cu"][-1] == pytest.approx(np.square(moved).sum(axis=1).mean(), rel=1e-4)
         assert list(result["diffusion"]) == ["Cu"] and list(result["msd"]) == ["lag", "Cu"]
+
+    def test_it_says_how_long_it_ran_and_a_density_that_is_fixed_has_no_interval(self, atoms, tmp_path):
+        options = {**SHORT, "time": "7steps", "every": "5steps", "skip": "0steps", "timestep": "2fs"}
+        result = tm.md(potential(), atoms, tmp_path / "run", **options)
+        assert result["log"]["time_ps"][-1] == pytest.approx(0.010)
+        assert "to its end: 0.014 ps" in (tmp_path / "run" / "simulation.html").read_text()
+        assert result["density"]["value"] > 1 and result["density"]["low"] is None
 
     def test_what_is_skipped_is_not_averaged(self, atoms, tmp_path):
         result = tm.md(potential(), atoms, tmp_path / "run", skip="20steps", **SHORT)

@@ -90,11 +90,13 @@ def track(items: Iterable[T], title: str, total: int | None = None, quiet: bool 
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of named cells as a table; numbers are right-aligned."""
+    """Rows of named cells as a table, with any name that one of them has, the unit last; numbers are right-aligned."""
     result = Table(title=Text(title), title_justify="left", header_style="bold")
-    for name in rows[0] if rows else ():
-        numeric = not isinstance(rows[0][name], str)
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "unit")
+    for name in names:
+        numeric = not isinstance(next(row[name] for row in rows if name in row), str)
         result.add_column(Text(visible(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else visible(str(v))) for v in row.values()))
+        cells = (row.get(name, "") for name in names)
+        result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else visible(str(v))) for v in cells))
     return result

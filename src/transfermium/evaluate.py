@@ -79,7 +79,7 @@ def evaluate(
         "accuracy", "cross_entropy" and, where there are two, "roc_auc".
 
     Raises:
-        InputError: when no structure has such a label.
+        InputError: when no structure has such a label, or nothing can be compared.
     """
     distributed.join()
     model = (model if isinstance(model, Model) else load(model)).whole(part)
@@ -133,7 +133,11 @@ def evaluate(
         predicting = {"label": label, "unit": unit, "edges": edges, "device": device, "verbose": verbose}
         for name, share in _coverage(model, given, labels, interval, predicting).items():
             found.get("energy_per_atom" if name == "energy" else name, {})["coverage"] = share
-    return {"n": len(labelled), **(found if pairs else losses(model, objective, labelled, edges, seed))}
+    found = found if pairs else losses(model, objective, labelled, edges, seed)
+    if not found:
+        reasons = "; ".join(objective.warnings(given)) or f"none has what {type(objective).__name__} asks for"
+        raise InputError(f"nothing in these structures can be compared: {reasons}")
+    return {"n": len(labelled), **found}
 
 
 def _coverage(

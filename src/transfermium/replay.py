@@ -32,6 +32,7 @@ GENERATED = "generated"
 NEW, OLD = "new", "base"  # parts of what is learned together
 ASIDE = 0.1  # of what there is to replay, at least, for the ledger
 FEWEST, COPIES, MOST = 200, 4, 2_000  # structures that are generated, and copies of each at least
+MEASURES = ("mae", "accuracy", "loss")  # of what is forgotten, the first that a quantity has
 RATTLE = (0.01, 0.1)  # Å, between which the standard deviation of displacements is drawn for each copy
 STRAIN = 0.02  # standard deviation of each component
 
@@ -205,7 +206,7 @@ class Ledger:
         after = self._errors(as_base(self.base, trained))
         errors = {}
         for name, found in self.before.items():
-            measure = "mae" if "mae" in found else "accuracy"
+            measure = next(one for one in MEASURES if one in found)
             errors[name] = {"measure": measure, "before": found[measure], "after": after[name][measure]}
             errors[name]["unit"] = found["unit"]
         return {"structures": len(self.structures), **self.said, "errors": errors}

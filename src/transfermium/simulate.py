@@ -113,6 +113,8 @@ def md(
     settings = settings_of(ensemble, thermostat, temperature, pressure, timestep, tau, tau_pressure, shape)
     steps, row_every, skipped = (steps_of(name, text, settings.timestep) for name, text in
                                  (("time", time), ("every", every), ("skip", skip)))  # fmt: skip
+    if not steps:
+        raise InputError(f"time is {time}, but must be a step of {settings.timestep:g} fs at least")
     if skipped >= steps:
         raise InputError(f"skip is {skip} of {time}: leave something to average over")
     if row_every < 1:
@@ -235,7 +237,8 @@ def _observed(
         found["drift"] = _as_dict(slope, "meV/atom/ps")
     if is_periodic(atoms):
         densities = observables.density(atoms.get_masses(), log["volume_A3"][used])
-        found["density"] = _as_dict(observables.average(densities), "g/cm³")
+        only = observables.Estimate(float(densities[0]), np.nan, np.nan)
+        found["density"] = _as_dict(observables.average(densities) if settings.ensemble == "npt" else only, "g/cm³")
 
     frames = [
         one for one in ase_read(folder / "trajectory.extxyz", ":", format="extxyz") if one.info["step"] >= skipped

@@ -105,7 +105,7 @@ def test_what_a_file_declares_counts(tmp_path: Path, caplog: pytest.LogCaptureFi
     (mixed,) = read(write(tmp_path, f"# units kcal/mol/Å\n{plain}"))
     assert mixed.get_potential_energy() == pytest.approx(-76.4 * 0.0433641153, rel=1e-6)
     np.testing.assert_allclose(mixed.positions[1], [1.96, 2, 3], rtol=1e-12)
-    (said,) = stream_runner(write(tmp_path, plain), units="eV/Å")
+    (said,) = stream_runner(str(write(tmp_path, plain)), units="eV/Å")
     assert said.get_potential_energy() == -76.4
     assert not caplog.records
 

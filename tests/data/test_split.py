@@ -147,6 +147,13 @@ def test_elements_stay_in_training_where_that_is_possible() -> None:
 # -------------------------------------------------------------------------------------------------- by key, files
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_large_group_that_is_enough_needs_no_small_ones(seed: int) -> None:
+    """Of 60, 50 and 10 structures twelve are wanted: the 50 alone, not the 10 and then the 60."""
+    parts = split(cells(*["H2O"] * 60, *["NaClH2O"] * 50, *["NaClH4O2"] * 10), by="composition", seed=seed)
+    assert sorted(parts.valid) == list(range(60, 110))
+
+
 def test_words_decide_the_sides() -> None:
     structures = cells(*METALS, split=["train", "train", "val", "test", "Train", None, "test", "train"])
     parts = by_key(structures, "split")

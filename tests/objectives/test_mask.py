@@ -512,6 +512,22 @@ class TestErrors:
         with pytest.raises(tm.InputError, match=r"^fraction is .*, but must be above 0 and below 1 of the atoms"):
             tm.MaskElements(fraction)
 
+    def test_single_atoms_hide_nothing(self):
+        single = [bulk(symbol) for symbol in ("Cu", "Ag", "Au", "Al")]
+        assert "4 of 6 structures are single atoms" in tm.MaskElements().warnings([*single, *alloys(2)])[0]
+        for fraction in (0.0, 0.25):
+            with pytest.raises(tm.InputError, match=r"nothing to hide, for all \d structures are single atoms.*repeat"):
+                tm.pretrain(single, tm.MaskElements(), painn(), steps=2, **{**QUICK, "valid_fraction": fraction})
+        with pytest.raises(tm.InputError, match="no structure has an atom of Fe, Ni beside"):
+            tm.pretrain(alloys(4), tm.MaskElements(elements=["Fe", "Ni"]), painn(), steps=2, **QUICK)
+
+    def test_an_evaluation_of_what_has_nothing_to_mask(self):
+        model = tm.pretrain([waters(4, seed) for seed in range(4)], tm.MaskAtoms(), painn(cutoff=3.0), steps=1, **QUICK)
+        with pytest.raises(
+            tm.InputError, match=r"can be compared: 3 of 3 structures have nothing to mask.*there is no"
+        ):
+            tm.evaluate(model, alloys(3), verbose=False)
+
     def test_nothing_left_to_be_seen(self):
         with pytest.raises(tm.InputError, match="nothing is left to be seen"):
             tm.MaskElements(1.0)

@@ -48,7 +48,7 @@ def is_runner(path: Path) -> bool:
         return False
 
 
-def stream_runner(path: Path, units: str | None = None) -> Iterator[Atoms]:
+def stream_runner(path: str | Path, units: str | None = None) -> Iterator[Atoms]:
     """Yield the structures of a file in eV, Å and eV/Å, periodic where they have a lattice.
 
     Energy and forces are results of a calculator; a structure without a line `energy`, whose forces are all zero, has
@@ -62,6 +62,7 @@ def stream_runner(path: Path, units: str | None = None) -> Iterator[Atoms]:
     Raises:
         InputError: naming the line. Also where nothing is declared, and atoms are so close that it must be Å and eV.
     """
+    path = Path(path)
     file = _File(path, units, with_forces=not _forces_are_empty(path, units))
     structures = file.structures()
     first = list(islice(structures, JUDGED))

@@ -327,7 +327,10 @@ def _choose(groups: np.ndarray, present: np.ndarray, fraction: float, rng: np.ra
     large = large[np.argsort(sizes[large], kind="stable")]
     chosen = np.zeros(len(sizes), bool)
     held = n_chosen = 0
+    before = left.copy()
     for candidates, only_spare in product((small, large), (True, False)):
+        if candidates is large and only_spare and len(large) and held < target:  # any of these is enough alone
+            chosen[:], held, n_chosen, left = False, 0, 0, before
         for group in candidates:
             if held >= target or n_chosen == len(sizes) - 1:
                 return chosen

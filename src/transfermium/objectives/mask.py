@@ -24,6 +24,7 @@ from .base import Loss, Objective, Quantity, absolute_errors
 
 MASKED = "masked"  # input of the atoms that lost one of their molecule
 SMALL = 1e-3  # of the output called forces: a shorter one has no direction that could be learned
+REPEAT = "one atom at least is to be seen; repeat them, as atoms.repeat(2) does"
 MOST_CLUES = 4_000  # atoms that the floor of the loss is computed from
 
 
@@ -303,10 +304,25 @@ class MaskElements(Objective):
     def quantities(self) -> dict[str, Quantity]:
         return {"element": Quantity("hidden element", "")}
 
+    def warnings(self, structures: Sequence[ase.Atoms]) -> list[str]:
+        """Structures that teach nothing."""
+        n = sum(len(atoms) < 2 for atoms in structures)
+        told = f"{n} of {len(structures)} structures are single atoms and teach nothing: {REPEAT}"
+        return [told] if 0 < n < len(structures) else []
+
     def settled(self, samples: Sequence[Sample]) -> MaskElements:
+        """With the elements of the data; raises `InputError` where there is nothing to hide."""
+        hidden = [sample.targets["element"] for sample in samples]
+        if samples and not any(np.isfinite(row).any() for row in hidden):
+            if all(len(sample.atoms) < 2 for sample in samples):
+                raise InputError(
+                    f"there is nothing to hide, for all {len(samples)} structures are single atoms: {REPEAT}"
+                )
+            raise InputError(
+                f"there is nothing to hide: no structure has an atom of {', '.join(self.elements or ())} beside another"
+            )
         if self.elements is not None or not samples:
             return self
-        hidden = [sample.targets["element"] for sample in samples]
         present = {int(z) for row in [*hidden, *(s.atoms.numbers for s in samples)] for z in row[np.isfinite(row)]}
         symbols = [chemical_symbols[z] for z in sorted(present - {0})]
         if len(symbols) < 2:

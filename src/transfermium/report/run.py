@@ -56,7 +56,7 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
     names = _names(model)
     errors = {names.get(name, name): found for name, found in validation.get("errors", {}).items()}
     points = {names.get(name, name): found for name, found in validation.get("parity", {}).items()}
-    compared = [name for name, found in errors.items() if "loss" not in found]
+    compared = list(errors) if any("loss" not in found for found in errors.values()) else []
     meant = [name.removesuffix(" per atom") for name in compared] or [entry.quantity for entry in labels.entries]
     learned = _listed(meant or list(names.values())[:-1])
     backbone = type(model.backbone).__name__
@@ -111,24 +111,22 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
 
 def _result(errors: Content, stage: Content) -> str:
     """Errors in a sentence, and losses in another."""
-    parts, losses = [], []
+    said: dict[str, list[str]] = {"Mean absolute error": [], "Accuracy": [], "Loss": []}
     for name, found in errors.items():
         unit, factor = PRINTED.get(found["unit"], (found["unit"], 1.0))
         if "mae" in found:
             shown = _power(unit) or "(no unit declared)"
-            parts.append(f"{name.removesuffix(' per atom')} {found['mae'] * factor:.4g} {shown}")
+            error = f"{name.removesuffix(' per atom')} {found['mae'] * factor:.4g} {shown}"
+            said["Mean absolute error"].append(error)
         elif "accuracy" in found:
-            parts.append(f"{name} {100 * found['accuracy']:.1f} %")
+            said["Accuracy"].append(f"{name} {100 * found['accuracy']:.1f} %")
         elif "loss" in found:
             floor = f" (floor {found['floor']:.3f})" if "floor" in found else ""
-            losses.append(f"{name} {found['loss']:.3f} {unit}".rstrip() + floor)
-    if not parts and not losses:
+            said["Loss"].append(f"{name} {found['loss']:.3f} {unit}".rstrip() + floor)
+    if not any(said.values()):
         return f"Trained on {_count(stage['structures'], 'structure')}; nothing was validated, so no error is known."
-    known = [found for found in errors.values() if "loss" not in found]
-    measure = "Accuracy" if all("accuracy" in found for found in known) else "Mean absolute error"
     where = f"on {_count(stage['validation structures'], 'validation structure')}"
-    told = [f"{what} {where}: {', '.join(some)}." for what, some in ((measure, parts), ("Loss", losses)) if some]
-    return " ".join(told)
+    return " ".join(f"{what} {where}: {', '.join(some)}." for what, some in said.items() if some)
 
 
 def _story(model: Model, stage: Content, learned: str) -> str:

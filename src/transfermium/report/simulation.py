@@ -29,8 +29,8 @@ MOST_POINTS = 600  # of a curve
 
 def page(result: Result) -> Page:
     """One page with the verdict, the numbers and their figures."""
-    settings, log = result["settings"], result["log"]
-    lasted = f"{log['time_ps'][-1]:g} ps"
+    settings = result["settings"]
+    lasted = f"{_lasted(result):g} ps"
     page = Page(
         f"{result['formula']}, {settings['ensemble'].upper()}", f"{lasted} of {result['n_atoms']} atoms with a model"
     )
@@ -54,6 +54,11 @@ def page(result: Result) -> Page:
     return page.numbers(result)
 
 
+def _lasted(result: Result) -> float:
+    """In ps; the log may end before that."""
+    return float(result["steps"] * result["settings"]["timestep"] / 1000)
+
+
 def held_together(result: Result) -> bool:
     """Whether it neither exploded nor lost the structure of its reference."""
     return not result["stopped"] and result.get("reference", {}).get("collapsed") is None
@@ -63,7 +68,7 @@ def verdict(result: Result) -> str:
     """Whether it held together, in one or two sentences."""
     if result["stopped"]:
         return result["stopped"][0].upper() + result["stopped"][1:] + "."
-    texts = [f"It ran to its end: {result['log']['time_ps'][-1]:g} ps"]
+    texts = [f"It ran to its end: {_lasted(result):g} ps"]
     if "temperature" in result:
         texts.append(f"at {result['temperature']['value']:.0f} K on average")
     if "drift" in result and _finite(result["drift"]["value"]):
@@ -100,7 +105,7 @@ def rows(result: Result) -> list[dict[str, str]]:
 def notes(result: Result) -> list[str]:
     """What has to be known to read the numbers."""
     texts = ["Intervals allow for values that are alike at times near each other; those of diffusion are over atoms."]
-    lasted = result["log"]["time_ps"][-1]
+    lasted = _lasted(result)
     if any(_finite(one["value"]) for one in result.get("diffusion", {}).values()):
         texts.append(
             "Diffusion in a periodic box is too small by 2.84 kT / 6πηL (Yeh and Hummer), with the viscosity η of the "
