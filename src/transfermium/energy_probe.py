@@ -123,7 +123,7 @@ def probed_energy(
     head.references.copy_(after)
     n = directions.vectors.shape[1]
     plain, best = _chosen(known, n)
-    for _ in range(ROUNDS if np.isfinite(best.penalty) else 0):
+    for _ in range(ROUNDS):
         known = _trusted(known, best, n)
         best = _chosen(known, n)[1]
     known = _settled(known, best.balance, best.held)
