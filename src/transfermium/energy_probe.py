@@ -35,8 +35,7 @@ PENALTIES = np.logspace(-7, 2, 19)  # relative to the mean square of what a dire
 FREE = 1e-4  # relative penalty of moving references that have none
 BALANCES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the weight of energies, which rules a fit that forces know more of
 TINY = 1e-12  # eV and so on, below which nothing is off
-HUBER = 2.0  # medians of what is left, beyond which a row counts by its error rather than its square
-ROUNDS = 2  # of trust, each by the fit before it
+HUBER = (8.0, 2.0)  # medians of what is left, beyond which a row counts by its error rather than its square
 STEP = 100.0  # eV: references of what is left out are known to that, which tells nothing and keeps digits
 FLOOR = 1e-3  # of the typical size of a label, below which smaller errors count no more
 UNITS = {"energy": "eV/atom", "forces": "eV/Å", "stress": "eV/Å^3"}
@@ -84,9 +83,9 @@ def probed_energy(
 
     What is left of energies, forces and stress is linear in sums over atoms of their features, along principal
     directions of these, in derivatives of such sums, and in reference energies: a ridge regression, weighted as the
-    objective weights errors, or energies less; beyond twice the median of what is left, errors count themselves rather
-    than their squares (Huber), or single frames with large forces would rule the fit. Its penalty and the weight of
-    energies are those with the smallest errors on what is left out, a tenth at a time, materials whole, by the
+    objective weights errors, or energies less; errors far beyond the median may count themselves rather than their
+    squares (Huber), or single frames with large forces would rule the fit. Its penalty, the weight of energies and
+    where far begins are those with the smallest errors on what is left out, a tenth at a time, materials whole, by the
     geometric mean over quantities; references without a correction compete too.
 
     Args:
@@ -123,9 +122,11 @@ def probed_energy(
     head.references.copy_(after)
     n = directions.vectors.shape[1]
     plain, best = _chosen(known, n)
-    for _ in range(ROUNDS):
-        known = _trusted(known, best, n)
-        best = _chosen(known, n)[1]
+    fits = [(best, known)]
+    for medians in HUBER:
+        known = _trusted(known, fits[-1][0], n, medians)
+        fits.append((_chosen(known, n)[1], known))
+    best, known = min(fits, key=lambda fit: fit[0].score)
     known = _settled(known, best.balance, best.held)
     correction = directions.vectors @ _solved(_normal(known), n, best.penalty, _anchor(known))[:n]
     head.correction += torch.from_numpy(correction).to(head.correction.device)
@@ -345,6 +346,7 @@ class Fit(NamedTuple):
 
     penalty: float  # infinite for no correction
     errors: dict[str, float]
+    score: float  # the logarithm of their geometric mean
     balance: float = 1.0
     held: bool = True  # whether references are
 
@@ -363,10 +365,9 @@ def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
         normal = {int(k): (_normal(settled, int(k)), _anchor(settled, int(k))) for k in folds}
         for penalty in penalties:
             weights = {k: _solved(each, n, penalty, anchor) for k, (each, anchor) in normal.items()}
-            yield Fit(penalty, {name: _error(known[name], weights) for name in judged}, balance, held)
-
-    def mean(fit: Fit) -> float:
-        return float(np.mean([np.log(max(fit.errors[name], FLOOR / known[name].weight)) for name in voting]))
+            errors = {name: _error(known[name], weights) for name in judged}
+            voted = [np.log(max(errors[name], FLOOR / known[name].weight)) for name in voting]
+            yield Fit(penalty, errors, float(np.mean(voted)) if voted else np.inf, balance, held)
 
     plain = next(tried([np.inf], 1.0, held=True))
     if not voting:
@@ -374,10 +375,10 @@ def _chosen(known: Mapping[str, Equations], n: int) -> tuple[Fit, Fit]:
     balances = BALANCES if len(known) > 1 and "energy" in known else BALANCES[:1]
     holds = (True, False) if _anchor(known) else (True,)
     fits = (tried(PENALTIES.tolist(), *settings) for settings in product(balances, holds))
-    return plain, min([plain, *chain.from_iterable(fits)], key=mean)
+    return plain, min([plain, *chain.from_iterable(fits)], key=lambda fit: fit.score)
 
 
-def _trusted(known: Mapping[str, Equations], fit: Fit, n: int) -> dict[str, Equations]:
+def _trusted(known: Mapping[str, Equations], fit: Fit, n: int, medians: float) -> dict[str, Equations]:
     """With less trust in rows that a fit is far off, as Huber's loss has it; nothing that is left out has a say."""
     settled = _settled(known, fit.balance, fit.held)
     parts = [None, *np.unique(np.concatenate([own.folds for own in known.values()])).tolist()]
@@ -388,7 +389,7 @@ def _trusted(known: Mapping[str, Equations], fit: Fit, n: int) -> dict[str, Equa
         for k, each in weights.items():
             off = own.off(each)
             here = own.folds != k
-            most = max(HUBER * float(np.median(off[here])), TINY) if here.any() else TINY
+            most = max(medians * float(np.median(off[here])), TINY) if here.any() else TINY
             trust[k] = np.minimum(most / np.maximum(off, TINY), 1.0)
         found[name] = own._replace(trust=trust)
     return found
