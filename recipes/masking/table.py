@@ -5,6 +5,7 @@ python recipes/masking/table.py
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,26 @@ def against_scratch(rows: Rows, arm: str, name: str) -> Interval | None:
     return paired([own[s] for s in seeds], [other[s] for s in seeds], ratio=True) if len(seeds) > 1 else None
 
 
+def over_all(runs: Sequence[Rows], arm: str, name: str) -> str:
+    """The same over several numbers of labels, which count alike in each seed; empty with less than two."""
+    both = [(values(rows, arm, name), values(rows, "scratch", name)) for rows in runs]
+    both = [(own, other) for own, other in both if own]
+    seeds = sorted(set.intersection(*(set(own) & set(other) for own, other in both))) if len(both) > 1 else []
+    if len(seeds) < 2:
+        return ""
+    means = [
+        [float(np.exp(np.mean([np.log(side[s]) for side in sides]))) for s in seeds]
+        for sides in zip(*both, strict=True)
+    ]
+    return told(paired(*means, ratio=True))
+
+
+def told(ratio: Interval) -> str:
+    """Bold where it excludes one."""
+    shown = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"**{shown}**" if ratio.excludes(1.0) else shown
+
+
 def errors(rows: Rows, arm: str, name: str = "forces_mae") -> str:
     """The mean in meV, and relative to scratch."""
     found = list(values(rows, arm, name).values())
@@ -80,16 +101,13 @@ def errors(rows: Rows, arm: str, name: str = "forces_mae") -> str:
         return ""
     text = f"{1000 * np.mean(found):.{0 if name == 'forces_mae' else 2}f}"
     ratio = None if arm == "scratch" else against_scratch(rows, arm, name)
-    if ratio is None:
-        return text
-    shown = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    return f"{text}; **{shown}**" if ratio.excludes(1.0) else f"{text}; {shown}"
+    return text if ratio is None else f"{text}; {told(ratio)}"
 
 
 def steps(rows: Rows) -> str:
     """Median of the steps until fine-tuning is as good as training from scratch ever was."""
     shown = []
-    for arm in ARMS:
+    for arm in ARMS[1:]:
         every = [row for row in rows if row["arm"] == arm]
         if every:
             reached = [row["steps_to_error"] if row["steps_to_error"] is not None else np.inf for row in every]
@@ -110,14 +128,18 @@ def line(*cells: str) -> None:
 def compared(runs: Sequence[tuple[Case, int, Rows]]) -> None:
     """Force errors of all arms, then energy errors."""
     arms = [f"`{arm}`" for arm in ARMS]
-    print("Force errors (meV/Å)\n")
-    heading("set", "backbone", "steps", "labels", *arms, "steps to scratch's best")
-    for case, n, own in runs:
-        line(case.set, case.backbone, case.steps, str(n), *(errors(own, arm) for arm in ARMS), steps(own))
-    print("\nEnergy errors (meV/atom)\n")
-    heading("set", "backbone", "steps", "labels", *arms)
-    for case, n, own in runs:
-        line(case.set, case.backbone, case.steps, str(n), *(errors(own, arm, "energy_mae") for arm in ARMS))
+    for name, title in (("forces_mae", "Force errors (meV/Å)"), ("energy_mae", "Energy errors (meV/atom)")):
+        extra = ["steps to scratch's best"] if name == "forces_mae" else []
+        print(f"\n{title}\n")
+        heading("set", "backbone", "steps", "labels", *arms, *extra)
+        for case, some in groupby(runs, key=lambda run: run[0]):
+            found = [(n, own) for _, n, own in some]
+            for n, own in found:
+                cells = [errors(own, arm, name) for arm in ARMS]
+                line(case.set, case.backbone, case.steps, str(n), *cells, *([steps(own)] if extra else []))
+            every = [over_all([own for _, own in found], arm, name) for arm in ARMS[1:]]
+            if any(every):
+                line(case.set, case.backbone, case.steps, "all", "1", *every, *([""] if extra else []))
 
 
 def losses(rows: Rows) -> None:
