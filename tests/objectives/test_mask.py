@@ -552,7 +552,8 @@ class TestErrors:
             ([bulk("Cu")] * 3, tm.MaskAtoms(atoms="Cu"), "no Cu is bonded to another nonmetal"),
             ([bulk("C", "diamond", a=3.57)] * 3, tm.MaskAtoms(atoms="C"), "bonds of the C go on without end"),
             ([Atoms("HF", [[0, 0, 0], [0.92, 0, 0]])] * 3, tm.MaskAtoms(), "one alone has no direction"),
-            ([bulk("Cu")] * 3, tm.MaskElements(), "all atoms are Cu: there is no element to guess"),
+            ([bulk("Cu")] * 3, tm.MaskElements(), "nothing to hide, for all 3 structures are single atoms"),
+            ([bulk("Cu") * (2, 1, 1)] * 3, tm.MaskElements(), "all atoms are Cu: there is no element to guess"),
         ],
     )
     def test_nothing_to_learn(self, structures, objective, sentence):

@@ -325,22 +325,27 @@ def _choose(groups: np.ndarray, present: np.ndarray, fraction: float, rng: np.ra
     order = rng.permutation(len(sizes))
     small, large = order[sizes[order] <= target], order[sizes[order] > target]
     large = large[np.argsort(sizes[large], kind="stable")]
-    chosen = np.zeros(len(sizes), bool)
-    held = n_chosen = 0
-    before = left.copy()
-    for candidates, only_spare in product((small, large), (True, False)):
-        if candidates is large and only_spare and len(large) and held < target:  # any of these is enough alone
-            chosen[:], held, n_chosen, left = False, 0, 0, before
-        for group in candidates:
-            if held >= target or n_chosen == len(sizes) - 1:
-                return chosen
-            own = np.unpackbits(contents[group]).astype(bool)
-            if chosen[group] or (only_spare and (left[own] == 1).any()):
-                continue
-            chosen[group] = True
-            n_chosen += 1
-            held += int(sizes[group])
-            left[own] -= 1
+
+    def drawn(*candidates: np.ndarray) -> np.ndarray:
+        """Those after the others, and of each first what leaves another group with every element."""
+        chosen, remain = np.zeros(len(sizes), bool), left.copy()
+        held = n_chosen = 0
+        for some, only_spare in product(candidates, (True, False)):
+            for group in some:
+                if held >= target or n_chosen == len(sizes) - 1:
+                    return chosen
+                own = np.unpackbits(contents[group]).astype(bool)
+                if chosen[group] or (only_spare and (remain[own] == 1).any()):
+                    continue
+                chosen[group] = True
+                n_chosen += 1
+                held += int(sizes[group])
+                remain[own] -= 1
+        return chosen
+
+    chosen = drawn(small, large)
+    if sizes[chosen].sum() > len(groups) / 2 and len(large):
+        chosen = min(chosen, drawn(large), key=lambda one: sizes[one].sum())  # a large one is enough alone
     return chosen
 
 
