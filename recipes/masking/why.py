@@ -32,22 +32,25 @@ MEANINGS = ("denoising_displacement", "masking_direction", "masking_displacement
 
 def main() -> None:
     args = arguments(__doc__, only="", labels=30)
-    found = []
+    file = HERE / "why.json"
+    kept = json.loads(file.read_text()) if file.exists() else []
     for name, study in STUDIES.items():
         bases = sorted((args.runs / "masking" / name / "cells").glob("based-*/result.json"))
         if not bases or args.only not in ("", name):
             continue
+        found: list[dict[str, Any]] = []
         pool, test = study.pool(args.data), study.test(args.data)
         for base in bases:
             found.append({"set": name, **asked(base.parent, pool[: args.labels], test)})
             print(json.dumps(found[-1]), flush=True)
-        for backbone in sorted({one["backbone"] for one in found if one["set"] == name}):
+        for backbone in sorted({one["backbone"] for one in found}):
             for seed in range(3) if BACKBONES[backbone][1] else ():
                 model = untrained(backbone, seed, pool[: args.labels])
                 said = {"set": name, "backbone": backbone, "objective": "none", "seed": seed, "steps": 0}
                 found.append({**said, "probe": probed(model, pool[: args.labels], test)})
                 print(json.dumps(found[-1]), flush=True)
-        write_json(HERE / "why.json", found)
+        kept = [one for one in kept if one["set"] != name] + found
+        write_json(file, kept)
 
 
 def asked(base: Path, labelled: list[Atoms], test: list[Atoms]) -> dict[str, Any]:
