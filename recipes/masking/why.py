@@ -24,6 +24,7 @@ from common import arguments
 from run import BACKBONES, MASK, STUDIES
 
 import transfermium as tm
+from transfermium.data import nested
 from transfermium.run import write_json
 
 HERE = Path(__file__).parent
@@ -40,14 +41,15 @@ def main() -> None:
             continue
         found: list[dict[str, Any]] = []
         pool, test = study.pool(args.data), study.test(args.data)
+        labelled = [pool[int(i)] for i in nested(range(len(pool)), [args.labels], seed=0)[0]]
         for base in bases:
-            found.append({"set": name, **asked(base.parent, pool[: args.labels], test)})
+            found.append({"set": name, **asked(base.parent, labelled, test)})
             print(json.dumps(found[-1]), flush=True)
         for backbone in sorted({one["backbone"] for one in found}):
             for seed in range(3) if BACKBONES[backbone][1] else ():
-                model = untrained(backbone, seed, pool[: args.labels])
+                model = untrained(backbone, seed, labelled)
                 said = {"set": name, "backbone": backbone, "objective": "none", "seed": seed, "steps": 0}
-                found.append({**said, "probe": probed(model, pool[: args.labels], test)})
+                found.append({**said, "probe": probed(model, labelled, test)})
                 print(json.dumps(found[-1]), flush=True)
         kept = [one for one in kept if one["set"] != name] + found
         write_json(file, kept)
