@@ -202,8 +202,8 @@ def reasons() -> None:
 
 def spread(found: Sequence[float], digits: int) -> str:
     """Mean, smallest and largest."""
-    if not found:
-        return ""
+    if len(found) < 2:
+        return "".join(f"{one:.{digits}f}" for one in found)
     return f"{np.mean(found):.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
 
 
