@@ -191,11 +191,14 @@ def reasons() -> None:
     for one in json.loads((HERE / "why.json").read_text()):
         sigma = one.get("arguments", {}).get("sigma", 0.1)
         what = f"Denoise, {sigma} Å" if one["objective"] == "Denoise" else one["objective"]
-        groups.setdefault((one["set"], one["backbone"], what, f"{one['steps']:,}"), []).append(one)
+        frames = f"{one['frames']:,}" if "frames" in one else ""
+        groups.setdefault((one["set"], one["backbone"], what, frames, f"{one['steps']:,}"), []).append(one)
     print("\nWhat is known of forces before any label\n")
-    heading("set", "backbone", "learned", "steps", "seeds", "cosine with forces", "force error of a probe (meV/Å)")
+    heading(
+        "set", "backbone", "learned", "frames", "steps", "seeds", "cosine with forces", "force error of a probe (meV/Å)"
+    )
     for group, own in sorted(groups.items()):
-        cosines = [one["cosine"]["all"] for one in own if "cosine" in one]
+        cosines = [one["cosine"]["all"] for one in own if one.get("cosine")]
         probes = [1000 * one["probe"]["forces"] for one in own if "probe" in one]
         line(*group, str(len(own)), spread(cosines, 2), spread(probes, 0))
 

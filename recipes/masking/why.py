@@ -32,18 +32,20 @@ MEANINGS = ("denoising_displacement", "masking_direction", "masking_displacement
 
 
 def main() -> None:
-    args = arguments(__doc__, only="", labels=30)
+    args = arguments(__doc__, only="", backbones=",".join(BACKBONES), labels=30)
+    backbones = args.backbones.split(",")
     file = HERE / "why.json"
     kept = json.loads(file.read_text()) if file.exists() else []
     for name, study in STUDIES.items():
-        bases = sorted((args.runs / "masking" / name / "cells").glob("based-*/result.json"))
+        cells = sorted((args.runs / "masking" / name / "cells").glob("based-*/result.json"))
+        bases = [file.parent for file in cells if read_cell(file.parent)["architecture"]["class"] in backbones]
         if not bases or args.only not in ("", name):
             continue
         found: list[dict[str, Any]] = []
         pool, test = study.pool(args.data), study.test(args.data)
         labelled = [pool[int(i)] for i in nested(range(len(pool)), [args.labels], seed=0)[0]]
         for base in bases:
-            found.append({"set": name, **asked(base.parent, labelled, test)})
+            found.append({"set": name, **asked(base, labelled, test)})
             print(json.dumps(found[-1]), flush=True)
         for backbone in sorted({one["backbone"] for one in found}):
             for seed in range(3) if BACKBONES[backbone][1] else ():
@@ -51,29 +53,36 @@ def main() -> None:
                 said = {"set": name, "backbone": backbone, "objective": "none", "seed": seed, "steps": 0}
                 found.append({**said, "probe": probed(model, labelled, test)})
                 print(json.dumps(found[-1]), flush=True)
-        kept = [one for one in kept if one["set"] != name] + found
+        kept = [one for one in kept if one["set"] != name or one["backbone"] not in backbones] + found
         write_json(file, kept)
 
 
 def asked(base: Path, labelled: list[Atoms], test: list[Atoms]) -> dict[str, Any]:
     """What one pre-trained model has in common with forces."""
-    cell = json.loads((base / "cell.json").read_text())
-    of = cell["arguments"]
+    of = read_cell(base)
     objective, backbone = of["objective"], of["architecture"]["class"]
     model = tm.load(base / "run/model.safetensors")
     part = MASK if objective["class"] == "Together" else None
     said = {
         "backbone": backbone, "objective": objective["class"], "arguments": objective["arguments"],
-        "seed": cell["key"]["seed"], "steps": of["bound"]["steps"],
+        "seed": of["seed"], "frames": of["n_pretraining"], "steps": of["bound"]["steps"],
         "cosine": agreement(model, test, part),
     }  # fmt: skip
     return {**said, "probe": probed(model, labelled, test, part)} if BACKBONES[backbone][1] else said
 
 
+def read_cell(base: Path) -> dict[str, Any]:
+    """What a pre-training was asked for."""
+    cell = json.loads((base / "cell.json").read_text())
+    return {**cell["key"], **cell["arguments"]}
+
+
 def agreement(model: tm.Model, test: list[Atoms], part: str | None = None) -> dict[str, float]:
-    """Mean cosine between predicted vectors and forces, over all atoms and those of each element."""
+    """Mean cosine between predicted vectors and forces, over all atoms and those of each element; none of others."""
     predicted = tm.predict(model, test, part=part, verbose=False)
-    key = next(name for name in MEANINGS if name in predicted[0].arrays)
+    key = next((name for name in MEANINGS if name in predicted[0].arrays), None)
+    if key is None:
+        return {}
     vectors = np.concatenate([atoms.arrays[key] for atoms in predicted])
     forces = np.concatenate([atoms.get_forces() for atoms in test])
     symbols = np.concatenate([atoms.get_chemical_symbols() for atoms in test])
