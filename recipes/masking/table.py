@@ -16,6 +16,7 @@ from transfermium.study.intervals import Interval, paired
 
 HERE = Path(__file__).parent
 ARMS = ("scratch", "scratch_long", "denoise", "mask", "mask_denoise")
+TITLES = {"pbe0ts": "water", "rpbed3": "water and ices", "revpbe0d3": "dense and dilute water", "nacl": "salt water"}
 USUAL = 800  # steps of either stage; older rows do not say how many pre-training had
 
 Rows = list[dict[str, Any]]
@@ -74,18 +75,18 @@ def against_scratch(rows: Rows, arm: str, name: str) -> Interval | None:
     return paired([own[s] for s in seeds], [other[s] for s in seeds], ratio=True) if len(seeds) > 1 else None
 
 
-def over_all(runs: Sequence[Rows], arm: str, name: str) -> str:
-    """The same over several numbers of labels, which count alike in each seed; empty with less than two."""
+def over_all(runs: Sequence[Rows], arm: str, name: str) -> Interval | None:
+    """The same over all numbers of labels that the arm has, which count alike in each seed."""
     both = [(values(rows, arm, name), values(rows, "scratch", name)) for rows in runs]
     both = [(own, other) for own, other in both if own]
-    seeds = sorted(set.intersection(*(set(own) & set(other) for own, other in both))) if len(both) > 1 else []
+    seeds = sorted(set.intersection(*(set(own) & set(other) for own, other in both))) if both else []
     if len(seeds) < 2:
-        return ""
-    means = [
-        [float(np.exp(np.mean([np.log(side[s]) for side in sides]))) for s in seeds]
+        return None
+    own, other = (
+        [float(np.exp(np.mean([np.log(side[seed]) for side in sides]))) for seed in seeds]
         for sides in zip(*both, strict=True)
-    ]
-    return told(paired(*means, ratio=True))
+    )
+    return paired(own, other, ratio=True)
 
 
 def told(ratio: Interval) -> str:
@@ -137,8 +138,10 @@ def compared(runs: Sequence[tuple[Case, int, Rows]]) -> None:
             for n, own in found:
                 cells = [errors(own, arm, name) for arm in ARMS]
                 line(case.set, case.backbone, case.steps, str(n), *cells, *([steps(own)] if extra else []))
-            every = [over_all([own for _, own in found], arm, name) for arm in ARMS[1:]]
-            if any(every):
+            if len(found) > 1:
+                several = [[own for _, own in found if values(own, arm, name)] for arm in ARMS[1:]]
+                ratios = [over_all(all_of, arm, name) for all_of, arm in zip(several, ARMS[1:], strict=True)]
+                every = [told(r) if r and len(all_of) > 1 else "" for r, all_of in zip(ratios, several, strict=True)]
                 line(case.set, case.backbone, case.steps, "all", "1", *every, *([""] if extra else []))
 
 
@@ -211,18 +214,16 @@ def spread(found: Sequence[float], digits: int) -> str:
 
 
 def panels(runs: Sequence[tuple[Case, int, Rows]]) -> dict[str, list[tuple[str, float, float, float]]]:
-    """Rows of the figure, by title."""
-    found: dict[str, list[tuple[tuple[int, int], tuple[str, float, float, float]]]] = {}
-    one = len({case.name for case, _, _ in runs}) == 1
-    for case, n, own in runs:
+    """Force errors relative to scratch over all numbers of labels: rows of the figure, by title."""
+    found: dict[str, list[tuple[str, float, float, float]]] = {}
+    for case, some in groupby(runs, key=lambda run: run[0]):
+        own = [rows for _, _, rows in some]
         usual = case.tuning == case.pretraining == USUAL
-        where = [case.source] if one and case.source != "own" else [] if one else [case.set]
-        title = ", ".join([*where, case.backbone, *([] if usual else [f"{case.steps} steps"])])
-        for arm in ARMS[1:]:
-            ratio = against_scratch(own, arm, "forces_mae")
-            if ratio is not None:
-                found.setdefault(title, []).append(((n, ARMS.index(arm)), (f"{n} labels, {arm}", *ratio)))
-    return {title: [row for _, row in sorted(own)] for title, own in found.items()}
+        what = TITLES.get(case.name, case.name) + ("" if case.source == "own" else f", {case.source} TIP3P")
+        title = f"{what}\n{case.backbone}{'' if usual else f', {case.steps} steps'}"
+        ratios = {arm: over_all(own, arm, "forces_mae") for arm in ("mask", "mask_denoise", "denoise", "scratch_long")}
+        found[title] = [(arm, *ratio) for arm, ratio in ratios.items() if ratio is not None]
+    return found
 
 
 def main() -> None:
