@@ -56,9 +56,9 @@ def relax(
     """Copies of the structures at the minimum of the energy, with energy, forces and stress of the model.
 
     `atoms.info` has "relaxed" (whether forces came below fmax), "relax_steps", "relax_energy_change" (eV), and
-    "relax_trouble" of those that fell apart, which are left as they last were, or could not begin. What
-    structures came with of another geometry is not kept: energies, forces and stress under any name, charges, magnetic
-    moments, dipoles and momenta.
+    "relax_trouble" of those that fell apart, which are left as they last were, or could not begin. What structures
+    came with of another geometry is not kept: energies, forces and stress under any name, charges, magnetic moments,
+    dipoles and momenta.
 
     Args:
         out: an extended XYZ file, which grows with every structure; the same command goes on. A file of the same name

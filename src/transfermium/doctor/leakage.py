@@ -18,7 +18,7 @@ from ..data.split import IDS, TEST, TRAIN, VALID, formulas, found_split_keys
 from ..errors import InputError
 from ..model import Model
 from ..run import fingerprint
-from ..seen import which_seen
+from ..seen import copies_of_seen, which_seen
 from .base import Case, Finding, Severity, counted, some
 from .duplicates import copies
 
@@ -207,8 +207,8 @@ def _seen(case: Case, base: Model) -> Iterator[Finding]:
         title = f"The base has seen {int((seen > 0).sum()):,} of {counted(len(members))} to test on"
         fix = case.drop("base-seen")
         yield Finding("base-seen", "error", title, why, fix, some(members[seen > 0]), evidence)
-    if case.held_out is not None and (seen := which_seen(base, case.held_out)) is not None and (seen > 0).any():
-        title = f"The base has seen {int((seen > 0).sum()):,} of {counted(len(seen), 'held-out structure')}"
+    if case.held_out is not None and (found := copies_of_seen(base, case.held_out)) is not None and found.found:
+        title = f"The base has seen {found.found:,} of {counted(found.of, 'held-out structure')}"
         fix = f"transfermium info {case.name('base')}"
         yield Finding("base-seen-held-out", "error", title, why, fix, (), evidence)
 

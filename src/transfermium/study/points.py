@@ -29,7 +29,7 @@ from .stages import cost_of, packed_at
 
 VALID = 0.2  # of the labels of a model that is trained
 FEW = 10  # labels below which all of them train, and nothing is validated
-UNTRAINED = ("zero-shot", "aligned", "probe")  # all labels go into what they fit, ever more of it
+UNTRAINED = ("zero-shot", "aligned", "probe")  # all labels go into what they fit; each fits more than the one before
 SCRATCH, LONG = "scratch", "scratch_long"
 REPLAY, TOGETHER = "replay", "multi-fidelity"
 DELTA = "delta"
