@@ -13,9 +13,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
 from tests.alloys import QUICK, alloys, potential, same_bits, weights_of, without
-from transfermium.energy_probe import FOLDS, LINEAR, NONE, Equations, _chosen, _error, _folds, _normal, _solved
-from transfermium.probe import told_of_probe
 from transfermium.report import run_report
+from transfermium.transfer.energy_probe import FOLDS, LINEAR, NONE, Equations, _chosen, _error, _folds, _normal, _solved
+from transfermium.transfer.probe import told_of_probe
 
 POTENTIAL = tm.Potential()
 

@@ -20,7 +20,6 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
     {"train", "rehearsal", "dataset", "lora", "uncertainty", "seen"},
     {
         "transfer",
-        "stage",
         "align",
         "unseen",
         "card",
@@ -29,17 +28,11 @@ LAYERS = (  # lowest first; neighbours in a layer may import each other, though 
         "evaluate",
         "levels",
         "features",
-        "ladder",
-        "probe",
-        "energy_probe",
-        "replay",
         "calculator",
-        "calibrate",
         "suggest",
-        "dynamics",
         "teacher",
     },
-    {"study", "doctor", "report", "simulate", "relax", "torchsim", "export", "demo", "testing"},
+    {"study", "doctor", "report", "simulate", "testing"},
     {"transfermium"},  # the public names
     {"cli", "__main__"},
 )

@@ -15,11 +15,12 @@ from torch import Tensor
 import transfermium as tm
 from tests.alloys import QUICK, alloys, painn, potential, weights_of
 from tests.test_backbones_force import egnn, gns
-from transfermium import cli, stage
+from transfermium import cli
 from transfermium.graph import AtomGraph, Cutoff, Sample
 from transfermium.heads import Head
 from transfermium.jacobian import _forward, direct_forces, jacobian_asymmetry
-from transfermium.transfer import weights_fingerprint
+from transfermium.transfer import stage
+from transfermium.transfer.learn import weights_fingerprint
 
 
 def tensornet() -> tm.TensorNet:

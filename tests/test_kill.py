@@ -22,8 +22,8 @@ from tests.alloys import alloys, potential
 from transfermium import cli
 from transfermium.data import read
 from transfermium.model import UNFINISHED, held, sweep, write_whole, writing
-from transfermium.relax import _Relaxed
 from transfermium.run import claim
+from transfermium.simulate.relax import _Relaxed
 
 SOAK = Path(__file__).parents[1] / "benchmarks" / "reliability" / "soak.py"
 
@@ -91,14 +91,16 @@ def soak(arguments: list[str], status: int | None = 0) -> list[dict]:
 
 AT_WORK = """
 import importlib, os, sys, time
-from transfermium import cli, dynamics, stage
+from transfermium import cli
+from transfermium.simulate import dynamics
+from transfermium.transfer import stage
 
 def work(*arguments, **options):
     if os.fork():  # the other one is like those that prepare batches, which end a little after who was killed
         print("at work", flush=True)
     time.sleep(60)
 
-stage.train = dynamics.Simulation.run = importlib.import_module("transfermium.relax")._relaxed = work
+stage.train = dynamics.Simulation.run = importlib.import_module("transfermium.simulate.relax")._relaxed = work
 cli.main(sys.argv[1:])
 """
 

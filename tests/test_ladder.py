@@ -14,11 +14,12 @@ import pytest
 
 import transfermium as tm
 from tests.alloys import QUICK, alloys, gap_model, potential, same_bits, weights_of
-from transfermium import cli, ladder, transfer
+from transfermium import cli
 from transfermium.data import Split
-from transfermium.ladder import RUNGS, Rung, printable_ladder
 from transfermium.report import run_report
-from transfermium.transfer import STRATEGIES
+from transfermium.transfer import ladder, learn
+from transfermium.transfer.ladder import RUNGS, Rung, printable_ladder
+from transfermium.transfer.learn import STRATEGIES
 
 GAP = tm.Property("gap")
 
@@ -141,7 +142,7 @@ def test_a_climb_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     rows = [[{**rung, "seconds": 0} for rung in table_of(model)["rungs"]] for model in (again, whole)]
     assert rows[0] == rows[1]
 
-    monkeypatch.setattr(transfer, "climbed", None)  # what is finished is not climbed again
+    monkeypatch.setattr(learn, "climbed", None)  # what is finished is not climbed again
     assert same_bits(weights_of(climb(out=tmp_path / "run", n=15)), weights_of(whole))
 
 
@@ -157,8 +158,8 @@ def test_a_rung_that_diverges_is_told_and_left(monkeypatch: pytest.MonkeyPatch) 
             raise tm.InputError("the loss is not finite at step 3")
         return rung(given, strategy, out)
 
-    rung = transfer._rung
-    monkeypatch.setattr(transfer, "_rung", diverging)
+    rung = learn._rung
+    monkeypatch.setattr(learn, "_rung", diverging)
     found = table_of(climb(steps=0))
     assert found["rungs"][-1]["failed"] == "nothing: training diverged"
     assert printable_ladder(found)[-1]["trained"] == "nothing: training diverged"

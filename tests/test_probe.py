@@ -10,8 +10,8 @@ import pytest
 import transfermium as tm
 from tests.alloys import QUICK, alloys, potential, same_bits, weights_of
 from transfermium.features import features
-from transfermium.probe import PENALTIES, _missed, fitted, told_of_probe
 from transfermium.report import run_report
+from transfermium.transfer.probe import PENALTIES, _missed, fitted, told_of_probe
 
 
 def labelled(n: int, seed: int = 0) -> list:

@@ -11,15 +11,15 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
-import transfermium.replay
+import transfermium.transfer.replay
 from tests.alloys import QUICK, alloys, gap_model, painn, potential, same_bits, weights_of, without
 from tests.test_lora import stop_after
 from tests.waters import waters
 from transfermium import cli
 from transfermium.dataset import TrainingData
-from transfermium.replay import Replay, beside, forgetting, generated
 from transfermium.report import run_report
 from transfermium.train import TrainConfig
+from transfermium.transfer.replay import Replay, beside, forgetting, generated
 
 TUNING = {"steps": 40, "lr": 0.01, "valid_fraction": 0.2}
 
@@ -27,7 +27,7 @@ TUNING = {"steps": 40, "lr": 0.01, "valid_fraction": 0.2}
 @pytest.fixture
 def few(monkeypatch):
     """Generate few structures, to be quick."""
-    monkeypatch.setattr(transfermium.replay, "FEWEST", 40)
+    monkeypatch.setattr(transfermium.transfer.replay, "FEWEST", 40)
 
 
 def turned_round(n: int, seed: int) -> list[ase.Atoms]:
@@ -146,7 +146,7 @@ class TestReplay:
         with pytest.raises(KeyboardInterrupt):
             short(out=tmp_path, **options)
         monkeypatch.undo()
-        monkeypatch.setattr(transfermium.replay, "FEWEST", 40)
+        monkeypatch.setattr(transfermium.transfer.replay, "FEWEST", 40)
         resumed = short(out=tmp_path, **options)
         assert same_bits(weights_of(resumed), weights_of(expected))
         assert resumed.card["history"][-1]["forgetting"] == expected.card["history"][-1]["forgetting"]

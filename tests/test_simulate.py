@@ -31,11 +31,12 @@ from ase.neighborlist import neighbor_list
 
 import transfermium as tm
 from tests.alloys import QUICK, alloys, gap_model, painn, potential
-from transfermium import cli, dynamics, observables
+from transfermium import cli, observables
 from transfermium.data import resolve
 from transfermium.model import read_tensors
-from transfermium.relax import _Relaxed, relaxation_summary
 from transfermium.report import Page
+from transfermium.simulate import dynamics
+from transfermium.simulate.relax import _Relaxed, relaxation_summary
 
 SHORT = {"timestep": "1fs", "time": "40steps", "every": "5steps", "device": "cpu", "verbose": False}
 ENGINES = {

@@ -45,7 +45,7 @@ def structures() -> list[Atoms]:
 @with_torch_sim
 class TestModel:
     def test_energy_forces_and_stress_are_those_in_ase(self):
-        from transfermium.torchsim import TorchSim
+        from transfermium.simulate.torchsim import TorchSim
 
         simulated = TorchSim(model(), "cpu")
         for some in (structures()[0::2], structures()[1::2]):
@@ -65,7 +65,7 @@ class TestModel:
     def test_torch_sim_finds_it_valid(self):
         from torch_sim.models.interface import validate_model_outputs
 
-        from transfermium.torchsim import TorchSim
+        from transfermium.simulate.torchsim import TorchSim
 
         simulated = TorchSim(model(), "cpu", allow_unseen=True)
         validate_model_outputs(simulated, simulated.device, simulated.dtype)
@@ -73,14 +73,14 @@ class TestModel:
     def test_results_have_the_precision_of_states(self):
         import torch
 
-        from transfermium.torchsim import TorchSim
+        from transfermium.simulate.torchsim import TorchSim
 
         simulated = TorchSim(potential(), "cpu", dtype=torch.float32)
         found = simulated(_state(alloys(2), simulated))
         assert {value.dtype for value in found.values()} == {torch.float32}
 
     def test_elements_that_it_never_saw_are_refused(self):
-        from transfermium.torchsim import TorchSim
+        from transfermium.simulate.torchsim import TorchSim
 
         simulated = TorchSim(model(), "cpu")
         with pytest.raises(tm.InputError, match="never saw Ni"):
@@ -227,7 +227,7 @@ class TestRefusals:
 
 
 def test_without_the_extra_its_name_is_said(monkeypatch):
-    monkeypatch.delitem(sys.modules, "transfermium.torchsim", raising=False)
+    monkeypatch.delitem(sys.modules, "transfermium.simulate.torchsim", raising=False)
     monkeypatch.delattr(tm, "torchsim", raising=False)
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     with pytest.raises(tm.InputError, match=r"pip install 'transfermium\[torch-sim\]'"):

@@ -13,11 +13,11 @@ from ase.build import bulk
 
 import transfermium as tm
 from tests.alloys import QUICK, alloys, gap_model, painn, potential, same_bits, weights_of, without
-from transfermium.calibrate import judge_choice, narrowest
 from transfermium.errors import InputError
 from transfermium.evaluate import printable
 from transfermium.graph import to_graph
 from transfermium.model import read_tensors, write_tensors
+from transfermium.transfer.calibrate import judge_choice, narrowest
 from transfermium.uncertainty import (
     CrossChoice,
     Interval,

@@ -24,11 +24,11 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import transfermium as tm
-from transfermium.calibrate import _table, narrowest
 from transfermium.data import Labelled, resolve
 from transfermium.data.load import VALIDATION, Batches
 from transfermium.evaluate import objective_of, parts
 from transfermium.train import evaluate_loss
+from transfermium.transfer.calibrate import _table, narrowest
 from transfermium.uncertainty import CrossChoice, Interval, Spread, scale
 
 HERE = Path(__file__).parent

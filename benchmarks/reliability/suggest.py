@@ -20,8 +20,8 @@ import torch
 
 import transfermium as tm
 from transfermium.data.split import materials
-from transfermium.probe import ProbeHead, fitted
 from transfermium.suggest import METHODS, chosen, components
+from transfermium.transfer.probe import ProbeHead, fitted
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "suggest.json"

@@ -68,7 +68,7 @@ def trained(path: Path, n: int, steps: int) -> dict[str, Any]:
     import transfermium as tm
 
     torch.set_num_threads(1)
-    loop = sys.modules["transfermium.stage"]
+    loop = sys.modules["transfermium.transfer.stage"]
     sys.modules["transfermium.data.load"].Batches.keep = lambda *_: None  # neighbours fill up to 256 MB in any run
     seen: list[
         tuple[float, float, float, float]

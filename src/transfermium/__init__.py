@@ -7,7 +7,6 @@ from .calculator import Calculator
 from .crystals import crystals
 from .data import PackedSet, leaks, pack, read
 from .doctor import doctor
-from .energy_probe import EnergyProbeHead
 from .errors import InputError
 from .evaluate import evaluate, predict
 from .features import features
@@ -34,12 +33,12 @@ from .objectives import (
     Property,
     Together,
 )
-from .probe import ProbeHead
-from .relax import relax
-from .simulate import md
+from .simulate import md, relax
 from .suggest import suggest
 from .train import TrainConfig, train
 from .transfer import finetune, pretrain
+from .transfer.energy_probe import EnergyProbeHead
+from .transfer.probe import ProbeHead
 from .waters import water
 
 __all__ = [

@@ -301,7 +301,7 @@ def md(arguments: Arguments) -> None:
 
 def relax(arguments: Arguments) -> None:
     """Structures at the minimum of a model's energy."""
-    from .relax import relax as run
+    from .simulate import relax as run
 
     as_json = arguments.pop("json")
     model, structures, out = (arguments.pop(name) for name in ("model", "data", "out"))

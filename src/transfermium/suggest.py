@@ -18,8 +18,8 @@ from .errors import InputError
 from .evaluate import parts, shared, tell_unseen
 from .graph import to_graph
 from .model import Model, check_file, load, write_whole
-from .probe import summary
 from .train import chosen_device
+from .transfer.probe import summary
 
 METHODS = ("variance", "k-center", "random")
 COMPONENTS = 256  # directions of features that are told apart

@@ -17,9 +17,9 @@ from ..data.split import Split
 from ..errors import InputError
 from ..evaluate import PRINTED, printable
 from ..model import Model, load
-from ..probe import told_of_probe
-from ..replay import forgetting, told_of_ledger
 from ..train import read_metrics
+from ..transfer.probe import told_of_probe
+from ..transfer.replay import forgetting, told_of_ledger
 from ..unseen import unseen_in_words
 from .figures import loss_curves, parity
 from .page import Page

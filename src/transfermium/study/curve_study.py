@@ -29,10 +29,10 @@ from ..errors import InputError
 from ..model import Model, Output, copied, load
 from ..objectives import Fidelities, Objective, Property
 from ..objectives.together import Parts
-from ..probe import probes
 from ..run import fingerprint
 from ..seen import copies_of_seen
-from ..transfer import check_known, weights_fingerprint
+from ..transfer.learn import check_known, weights_fingerprint
+from ..transfer.probe import probes
 from .baselines import AS_IT_IS, baselines, compositions_of, unlabelled
 from .bounds import both, in_words, seconds_of
 from .cells import Cell, run

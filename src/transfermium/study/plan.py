@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..objectives import Denoise, Objective, Potential, Property, Together
 from ..objectives.together import Parts
 from ..run import fingerprint
-from ..transfer import check_together
+from ..transfer.learn import check_together
 from .bounds import both, bound_of, plain
 from .cells import Cell, cut
 from .judged import labelled_for

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backbones.base import Features
-from .data.split import materials
-from .errors import InputError
-from .evaluate import PRINTED
-from .features import features
-from .graph import AtomGraph
-from .heads import Head, pooled
-from .model import SMOOTH, Model
-from .objectives import Objective, Potential, Property
+from ..backbones.base import Features
+from ..data.split import materials
+from ..errors import InputError
+from ..evaluate import PRINTED
+from ..features import features
+from ..graph import AtomGraph
+from ..heads import Head, pooled
+from ..model import SMOOTH, Model
+from ..objectives import Objective, Potential, Property
 
 MOST_POINTS = 2_000  # that a Gaussian process is fitted to: time grows with their cube
 MOST_TRIED = 400  # and that its length and noise are chosen on

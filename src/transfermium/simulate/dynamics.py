@@ -19,13 +19,13 @@ from ase import units
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from . import observables
-from .calculator import Calculator
-from .data.labels import KEYS
-from .errors import InputError
-from .evaluate import unseen_elements
-from .model import Gradient, Model, read_tensors, write_whole
-from .run import plain
+from .. import observables
+from ..calculator import Calculator
+from ..data.labels import KEYS
+from ..errors import InputError
+from ..evaluate import unseen_elements
+from ..model import Gradient, Model, read_tensors, write_whole
+from ..run import plain
 
 FINAL, LAST_GOOD = "final.extxyz", "last_good.extxyz"  # there is one of them in the end
 SAVED = 100  # steps between states that can be resumed

@@ -11,30 +11,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distributed
-from .align import align_references, show_alignment
-from .backbones import Backbone, TensorNet
-from .card import quantities_of, theory, theory_of
-from .console import console
-from .data.labels import Labels, ratio_of_units
-from .data.read import Source, read
-from .dataset import TrainingData
+from .. import distributed
+from ..align import align_references, show_alignment
+from ..backbones import Backbone, TensorNet
+from ..card import quantities_of, theory, theory_of
+from ..console import console
+from ..data.labels import Labels, ratio_of_units
+from ..data.read import Source, read
+from ..dataset import TrainingData
+from ..errors import InputError
+from ..graph import Sample
+from ..heads import EnergyHead, Head, LevelHead, is_extensive
+from ..lora import RANK, adapt
+from ..model import Model, Output, described, load
+from ..objectives import Objective, Potential, Property
+from ..objectives.base import told
+from ..run import fingerprint, leaving_nothing
+from ..teacher import taught
+from ..train import TrainConfig, chosen_device
+from ..unseen import check_policy, settle_unseen, unseen_in_words
 from .energy_probe import EnergyProbeHead, probed_energy
-from .errors import InputError
-from .graph import Sample
-from .heads import EnergyHead, Head, LevelHead, is_extensive
 from .ladder import climbed, rungs
-from .lora import RANK, adapt
-from .model import Model, Output, described, load
-from .objectives import Objective, Potential, Property
-from .objectives.base import told
 from .probe import ProbeHead, probed, probes, told_of_probe
 from .replay import Ledger, beside, check_ledger, chosen_replay
-from .run import fingerprint, leaving_nothing
 from .stage import claimed, configured, lasting, rehearsed, trained
-from .teacher import taught
-from .train import TrainConfig, chosen_device
-from .unseen import check_policy, settle_unseen, unseen_in_words
 
 
 @leaving_nothing
@@ -184,13 +184,13 @@ def finetune(
         base: a model or its file.
         part: which part of a base that learned several objectives, each with its own energy.
         strategy: "full" trains everything; "head" the heads alone (`backbone_lr=0`); "probe" fits a ridge regression or
-            a Gaussian process to what the frozen backbone sees (`transfermium.probe`), or a linear correction of an
-            energy (`transfermium.energy_probe`), in seconds; "aligned" only fits references, and "zero-shot" does
+            a Gaussian process to what the frozen backbone sees (`transfer/probe.py`), or a linear correction of an
+            energy (`transfer/energy_probe.py`), in seconds; "aligned" only fits references, and "zero-shot" does
             nothing but report errors. "lora" trains heads, and low-rank updates of the matrices of the backbone that
-            are merged in the end (`transfermium.lora`); "replay" goes on learning the base's task beside the new one
-            (`transfermium.replay`). "auto" tries zero-shot, aligned, probe, head, lora and full, each with the same
+            are merged in the end (`lora.py`); "replay" goes on learning the base's task beside the new one
+            (`transfer/replay.py`). "auto" tries zero-shot, aligned, probe, head, lora and full, each with the same
             options and as long as they say, and takes what is best on the validation structures
-            (`transfermium.ladder`).
+            (`transfer/ladder.py`).
         rank: of the updates of "lora"; 8 by default.
         replay: structures with labels of the base's task, at its level of theory (unless `allow_mixed`); or "generated"
             for rattled and strained copies of `structures`, which the base labels before training.

@@ -11,22 +11,22 @@ import ase
 import numpy as np
 import torch
 
-from .card import validated
-from .console import console, table
-from .data.columns import isolated_atoms
-from .data.labels import Labelled, Labels, resolve
-from .data.read import Source, read
-from .data.sequences import Joined, Subset
-from .data.split import IDS, split
-from .dataset import TrainingData
-from .errors import InputError
-from .evaluate import PRINTED, _as_in_training, objective_of, predict, unseen_elements
-from .levels import apart, learned_levels
-from .model import Model, copied, described
-from .objectives import Objective, Potential, Together
-from .objectives.together import Parts
-from .run import fingerprint
-from .train import TrainConfig, chosen_device
+from ..card import validated
+from ..console import console, table
+from ..data.columns import isolated_atoms
+from ..data.labels import Labelled, Labels, resolve
+from ..data.read import Source, read
+from ..data.sequences import Joined, Subset
+from ..data.split import IDS, split
+from ..dataset import TrainingData
+from ..errors import InputError
+from ..evaluate import PRINTED, _as_in_training, objective_of, predict, unseen_elements
+from ..levels import apart, learned_levels
+from ..model import Model, copied, described
+from ..objectives import Objective, Potential, Together
+from ..objectives.together import Parts
+from ..run import fingerprint
+from ..train import TrainConfig, chosen_device
 
 GENERATED = "generated"
 NEW, OLD = "new", "base"  # parts of what is learned together

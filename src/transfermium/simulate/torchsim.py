@@ -14,11 +14,11 @@ import torch
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from .calculator import Calculator
+from ..calculator import Calculator
+from ..errors import InputError
+from ..graph import Neighbors, to_graph
+from ..model import Model
 from .dynamics import STRETCHED, check_forces, ended, is_periodic
-from .errors import InputError
-from .graph import Neighbors, to_graph
-from .model import Model
 
 try:
     import torch_sim

@@ -14,10 +14,14 @@ import ase
 import numpy as np
 from ase import units
 
-from . import observables
-from .calculator import Calculator
-from .console import bar, console
-from .data.read import Source, read
+from .. import observables
+from ..calculator import Calculator
+from ..console import bar, console
+from ..data.read import Source, read
+from ..errors import InputError
+from ..model import Model
+from ..run import claim, fingerprint, leaving_nothing
+from ..transfer.learn import weights_fingerprint
 from .dynamics import (
     COLUMNS,
     Settings,
@@ -37,10 +41,6 @@ from .dynamics import (
     steps_of,
     told_of_constraints,
 )
-from .errors import InputError
-from .model import Model
-from .run import claim, fingerprint, leaving_nothing
-from .transfer import weights_fingerprint
 
 RDF_RADIUS = (6.0, 10.0)  # Å: half the width of the cell within these
 CELL = {"a": "Å", "b": "Å", "c": "Å", "alpha": "°", "beta": "°", "gamma": "°"}
@@ -180,7 +180,7 @@ def md(
         "stopped": simulation.trouble,
         **_observed(folder, settings, atoms, simulation.freedoms, skipped, pictured),
     }
-    from .report.simulation import held_together, page, verdict  # matplotlib takes a second
+    from ..report.simulation import held_together, page, verdict  # matplotlib takes a second
 
     report = page(result).write(folder / "simulation.html")
     if verbose:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import distributed
+from .. import distributed
+from ..console import console, table
+from ..errors import InputError
+from ..evaluate import PRINTED
+from ..model import Model, write_whole
+from ..objectives import Objective
+from ..run import write_json
 from .calibrate import judge_choice
-from .console import console, table
-from .errors import InputError
-from .evaluate import PRINTED
-from .model import Model, write_whole
-from .objectives import Objective
 from .probe import probes
-from .run import write_json
 
 RUNGS = {
     "zero-shot": "nothing",

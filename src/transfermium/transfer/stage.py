@@ -13,24 +13,24 @@ from typing import Any, Literal
 import ase
 import torch
 
-from . import __version__, distributed
+from .. import __version__, distributed
+from ..card import card_of, examples, known_of, validated
+from ..console import bar, console, table
+from ..dataset import TrainingData
+from ..equivariance import equivariance_error, told_of_equivariance
+from ..errors import InputError
+from ..evaluate import without_elements
+from ..jacobian import direct_forces, jacobian_asymmetry
+from ..lora import merged
+from ..model import Model, described, load, write_whole
+from ..objectives import Objective
+from ..rehearsal import rehearse
+from ..run import claim, write_json
+from ..seen import KEY, seen_by
+from ..train import Progress, TrainConfig, chosen_device, is_out_of_memory, read_metrics, train
+from ..uncertainty import CrossChoice
 from .calibrate import calibrated
-from .card import card_of, examples, known_of, validated
-from .console import bar, console, table
-from .dataset import TrainingData
-from .equivariance import equivariance_error, told_of_equivariance
-from .errors import InputError
-from .evaluate import without_elements
-from .jacobian import direct_forces, jacobian_asymmetry
-from .lora import merged
-from .model import Model, described, load, write_whole
-from .objectives import Objective
-from .rehearsal import rehearse
 from .replay import NEW, Beside, Ledger, show_forgetting
-from .run import claim, write_json
-from .seen import KEY, seen_by
-from .train import Progress, TrainConfig, chosen_device, is_out_of_memory, read_metrics, train
-from .uncertainty import CrossChoice
 
 
 def configured(options: Mapping[str, Any], dtype: Literal["float32", "float64"] = "float32") -> TrainConfig:

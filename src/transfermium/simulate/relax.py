@@ -13,9 +13,13 @@ from typing import Any, Literal
 import ase
 import numpy as np
 
-from .calculator import Calculator
-from .console import bar, console
-from .data.read import Source, read
+from ..calculator import Calculator
+from ..console import bar, console
+from ..data.read import Source, read
+from ..errors import InputError
+from ..model import Model, write_whole
+from ..run import fingerprint, hold, leaving_nothing
+from ..transfer.learn import weights_fingerprint
 from .dynamics import (
     STRETCHED,
     as_text,
@@ -28,10 +32,6 @@ from .dynamics import (
     is_periodic,
     told_of_constraints,
 )
-from .errors import InputError
-from .model import Model, write_whole
-from .run import fingerprint, hold, leaving_nothing
-from .transfer import weights_fingerprint
 
 CLIMBED = 1e-3  # eV; less is rounding
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.load import VALIDATION, rng_of
-from .data.sequences import Subset
-from .data.split import independent
-from .evaluate import parts, shared
-from .graph import Sample, to_batch
-from .model import Model
-from .objectives import Objective, Property
-from .uncertainty import KINDS, LEAST, WORTH, CrossChoice, Judged, Spread, scale, seen
+from ..data.load import VALIDATION, rng_of
+from ..data.sequences import Subset
+from ..data.split import independent
+from ..evaluate import parts, shared
+from ..graph import Sample, to_batch
+from ..model import Model
+from ..objectives import Objective, Property
+from ..uncertainty import KINDS, LEAST, WORTH, CrossChoice, Judged, Spread, scale, seen
 
 MOST = 2_000  # training structures whose features are looked at
 LEVEL = 0.9  # of the widths that a card shows

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .align import align_references
-from .backbones.base import Features
-from .console import track
-from .data.split import materials
-from .errors import InputError
-from .evaluate import parts
-from .features import features, layers_of
-from .graph import AtomGraph, Sample, is_isolated_atom, to_batch
-from .heads import EnergyHead
-from .model import Gradient, Model, Strain, differentiable, per_volume
-from .nn import LAST_ELEMENT
-from .objectives import Potential
-from .references import PENALTIES as ANCHORS
-from .references import chosen_penalty
+from ..align import align_references
+from ..backbones.base import Features
+from ..console import track
+from ..data.split import materials
+from ..errors import InputError
+from ..evaluate import parts
+from ..features import features, layers_of
+from ..graph import AtomGraph, Sample, is_isolated_atom, to_batch
+from ..heads import EnergyHead
+from ..model import Gradient, Model, Strain, differentiable, per_volume
+from ..nn import LAST_ELEMENT
+from ..objectives import Potential
+from ..references import PENALTIES as ANCHORS
+from ..references import chosen_penalty
 
 MOST_DIRECTIONS = 128  # of the features: each is one backward pass over the structures
 MOST_ATOMS = 2_000  # whose forces are fitted, and their structures' stress: a hundred numbers need no more
