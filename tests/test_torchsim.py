@@ -228,7 +228,7 @@ class TestRefusals:
 
 def test_without_the_extra_its_name_is_said(monkeypatch):
     monkeypatch.delitem(sys.modules, "transfermium.simulate.torchsim", raising=False)
-    monkeypatch.delattr(tm, "torchsim", raising=False)
+    monkeypatch.delattr("transfermium.simulate.torchsim", raising=False)
     monkeypatch.setitem(sys.modules, "torch_sim", None)
     with pytest.raises(tm.InputError, match=r"pip install 'transfermium\[torch-sim\]'"):
         tm.relax(potential(), alloys(1), **RUN)

@@ -53,6 +53,8 @@ def visible(text: str) -> str:
     return text.translate(UNSEEN)
 
 
+WINDOW = 300.0  # seconds whose pace says how long the rest takes: steps come in bursts, between validations and cells
+
 console = Terminal(stderr=True, highlight=False)
 results = Terminal()  # on standard output
 
@@ -73,6 +75,7 @@ def bar(quiet: bool = False) -> Progress:
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         console=console,
         disable=quiet,
+        speed_estimate_period=WINDOW,
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from ase import Atoms
 
 import transfermium as tm
+from transfermium.bars import Bars
 from transfermium.errors import InputError
 from transfermium.model import held
 from transfermium.study import cells as cells_module
@@ -410,6 +411,31 @@ def test_progress_counts_steps_inside_cells(tmp_path: Path) -> None:
     assert cells_module._steps_in(tmp_path) == 12
     (tmp_path / "a/metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(5_000)))
     assert cells_module._steps_in(tmp_path) == 4_999 + 7
+
+
+def test_kept_cells_are_no_pace_of_this_command(
+    tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[float, float]] = []
+    add_task = Bars.add_task
+
+    def recorded(self: Bars, *args: Any, **task: Any) -> Any:
+        begun.append((task["completed"], task["total"]))
+        return add_task(self, *args, **task)
+
+    monkeypatch.setattr(Bars, "add_task", recorded)
+    cells = squares(2)
+    for some in cells[:1], cells:
+        dict(run(some, tmp_path, executor=pool))
+    one = cells[0].steps
+    assert begun == [(0, one), (one, 2 * one)]
+
+
+def test_a_cell_that_runs_is_not_done(tmp_path: Path) -> None:
+    (cell,) = squares(1)
+    cell.folder(tmp_path).mkdir(parents=True)
+    (cell.folder(tmp_path) / "metrics.jsonl").write_text(json.dumps({"step": cell.steps}) + "\n")
+    assert 0.5 * cell.steps < cells_module._progress(tmp_path, {}, {Future(): cell}, 1)["completed"] < cell.steps
 
 
 # ------------------------------------------------------------------------------------------------------- the page

@@ -176,7 +176,9 @@ def run(
     resting: dict[Cell, float] = {}  # cells of another command, and when to ask for them again
     running: dict[Future[tuple[str, Any]], Cell] = {}
     with _opened(executor, workers, len(left)) as (pool, most), bar(quiet) as bars:
-        task = bars.add_task("study", total=sum(cell.steps for cell in every), note="")
+        task = bars.add_task(
+            "study", total=sum(cell.steps for cell in every), **_progress(out, done, running, len(every))
+        )
         try:
             while running or _ready(left, done):
                 for cell in _ready(left, done):
@@ -453,9 +455,9 @@ def cores() -> int:
 def _progress(
     out: str | Path, done: Mapping[Cell, Any], running: Mapping[Future[tuple[str, Any]], Cell], total: int
 ) -> dict[str, Any]:
-    """Steps done, those inside running cells too, and what is running."""
+    """Steps done, those in running cells too (never all: errors are measured after the last), and what is running."""
     inside = {cell: _steps_in(cell.folder(out)) for cell in running.values()}
-    steps = sum(cell.steps for cell in done) + sum(min(cell.steps, n) for cell, n in inside.items())
+    steps = sum(cell.steps for cell in done) + sum(min(0.95 * cell.steps, n) for cell, n in inside.items())
     names = [cell.title for cell, n in inside.items() if n] or [cell.title for cell in inside]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return {"completed": steps, "note": f"{len(done)} of {total} cells · {', '.join(names[:1])}{more}"}
