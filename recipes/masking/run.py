@@ -52,6 +52,7 @@ BACKBONES = {
     "ET": (tm.ET(32, 2, cutoff=CUTOFF), True),
 }
 STEPS, TUNING, EDGES = 800, 800, 10_000
+RATES = (0.03, 0.008, 0.002, 0.0005)  # of fine-tuning and training from scratch: for none is the best at either end
 MASK = "mask"  # name of the part that is fine-tuned of what was learned together
 
 
@@ -148,7 +149,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
     sizes = [*study.sizes, *study.more] if args.all else CORE.get(backbone, study.sizes)
     sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else sizes
     wanted = args.arms.split(",") if args.arms else []
-    rates = {"rates": [float(rate) for rate in args.rates.split(",")]} if args.rates else {}
+    rates = [float(rate) for rate in args.rates.split(",")] if args.rates else list(RATES)
     source = pool if args.source == "own" else tm.water(args.source)
 
     def do(objective: Objective, sizes: Sequence[int], seeds: int, arms: Sequence[str], steps: int) -> Any:
@@ -157,7 +158,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
             pool, tm.Potential(stress=0.0, conservative=conservative), args.runs / "masking" / name, base_data=source,
             base_objective=objective, part=part, test=test, backbone=architecture, arms=arms, sizes=sizes,
             seeds=seeds, pretraining=f"{steps}steps", tuning=f"{args.tuning}steps", edges=EDGES, workers=args.workers,
-            **rates,
+            rates=rates,
         )  # fmt: skip
 
     def compared(arm: str, objective: Objective, sizes: Sequence[int], sigma: float = 0.0) -> None:
@@ -166,7 +167,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
         result = do(objective, sizes, args.seeds, ["scratch", "full"], steps)
         noise = {"sigma": sigma, "sigma_losses": {str(width): loss for width, loss in losses.items()}}
         said = noise if "denoise" in arm else {"floor": objective.floor(source)}  # type: ignore[attr-defined]
-        if not rates:
+        if not args.rates:
             keep(args, name, backbone, arm, said, result)
         longer = "" if args.pretraining == STEPS else f"-after-{args.pretraining}"
         some = f"-at-{args.sizes.replace(',', '-')}" if args.sizes else ""
@@ -194,7 +195,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
             compared(arm, objective, sizes, sigma)
     if not wanted or "scratch_long" in wanted:
         result = do(ways["mask"], middle, args.seeds, ["scratch", "scratch_long"], args.pretraining)
-        if not rates:
+        if not args.rates:
             keep(args, name, backbone, "scratch_long", {}, result)
 
 
@@ -208,7 +209,7 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
             "set": name, "backbone": backbone, "arm": of, "n_train": row["n_train"], "seed": row["seed"],
             "pretrain_source": args.source if row["arm"] == "full" else None, **(said if of == arm else {}),
             "pretraining_steps": None if of == "scratch" else args.pretraining,  # of scratch_long those it makes up for
-            "tuning_steps": args.tuning, "lr": row["lr"], "steps": row["steps"], "train_seconds": row["train_seconds"],
+            "tuning_steps": args.tuning, "lr": row["lr"], "rates": list(RATES), "steps": row["steps"], "train_seconds": row["train_seconds"],
             "pretrain_seconds": row["pretrain_seconds"], "cell": row["cell"],
         })  # fmt: skip
         run[f"{row['quantity'].removesuffix('_per_atom')}_mae"] = row["mae"]

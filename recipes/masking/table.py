@@ -68,9 +68,9 @@ def values(rows: Rows, arm: str, name: str) -> dict[int, float]:
     return {row["seed"]: row[name] for row in rows if row["arm"] == arm and row.get(name) is not None}
 
 
-def against_scratch(rows: Rows, arm: str, name: str) -> Interval | None:
+def against(rows: Rows, arm: str, name: str, other_arm: str = "scratch") -> Interval | None:
     """Ratio of the geometric means over the seeds that both have, with its 95 % interval by Student's t."""
-    own, other = values(rows, arm, name), values(rows, "scratch", name)
+    own, other = values(rows, arm, name), values(rows, other_arm, name)
     seeds = sorted(own.keys() & other.keys())
     return paired([own[s] for s in seeds], [other[s] for s in seeds], ratio=True) if len(seeds) > 1 else None
 
@@ -101,7 +101,7 @@ def errors(rows: Rows, arm: str, name: str = "forces_mae") -> str:
     if not found:
         return ""
     text = f"{1000 * np.mean(found):.{0 if name == 'forces_mae' else 2}f}"
-    ratio = None if arm == "scratch" else against_scratch(rows, arm, name)
+    ratio = None if arm == "scratch" else against(rows, arm, name)
     return text if ratio is None else f"{text}; {told(ratio)}"
 
 
@@ -143,6 +143,19 @@ def compared(runs: Sequence[tuple[Case, int, Rows]]) -> None:
                 ratios = [over_all(all_of, arm, name) for all_of, arm in zip(several, ARMS[1:], strict=True)]
                 every = [told(r) if r and len(all_of) > 1 else "" for r, all_of in zip(ratios, several, strict=True)]
                 line(case.set, case.backbone, case.steps, "all", "1", *every, *([""] if extra else []))
+
+
+def equal_compute(runs: Sequence[tuple[Case, int, Rows]]) -> None:
+    """Errors after both stages relative to training from scratch for the steps of both."""
+    print("\nRelative to scratch with the steps of both stages\n")
+    heading(
+        "set", "backbone", "steps", "labels", *(f"`{arm}`, {of}" for arm in ARMS[2:] for of in ("forces", "energy"))
+    )
+    for case, n, own in runs:
+        pairs = [(arm, name) for arm in ARMS[2:] for name in ("forces_mae", "energy_mae")]
+        ratios = [against(own, arm, name, "scratch_long") for arm, name in pairs]
+        if any(ratios):
+            line(case.set, case.backbone, case.steps, str(n), *(told(ratio) if ratio else "" for ratio in ratios))
 
 
 def losses(rows: Rows) -> None:
@@ -237,6 +250,7 @@ def main() -> None:
             if any(row["pretrain_source"] for row in own) or (*case[:3], n) not in begun:
                 runs.append((case, n, own))
     compared([(case, n, own) for case, n, own in runs if {row["arm"] for row in own} & set(ARMS[1:])])
+    equal_compute([run for run in runs if run[0].source == "own"])
     losses(rows)
     ablations(runs)
     worth()
