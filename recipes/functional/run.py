@@ -29,6 +29,7 @@ from transfermium.study.curve_figures import drawn, grown_drawn, worth_drawn
 
 HERE = Path(__file__).parent
 KCAL = "kcal/mol"
+RATES = (2e-3, 5e-4)  # of fine-tuning and of training from scratch
 MP = {"functional": "PBE", "u": "as in the Materials Project", "code": "VASP"}
 MAD = {"functional": "PBEsol", "u": "none", "code": "Quantum ESPRESSO"}
 GAPS = {"hse": "HSE", "gllbsc": "GLLB-SC", "scan": "SCAN"}
@@ -184,7 +185,7 @@ def main() -> None:
         out = args.runs / "functional" / (folder or name)
         print(f"\n{name}", flush=True)
         seeds = {"seeds": args.seeds} if args.seeds else {}
-        result = curve(structures, objective, out, workers=args.workers, **given | seeds)
+        result = curve(structures, objective, out, rates=RATES, workers=args.workers, **given | seeds)
         write_json(HERE / f"{name}.json", result)
         first, *others = result["units"]
         figures: dict[str, Figure | None] = {name: drawn(result, first)}

@@ -52,7 +52,7 @@ BACKBONES = {
     "ET": (tm.ET(32, 2, cutoff=CUTOFF), True),
 }
 STEPS, TUNING, EDGES = 800, 800, 10_000
-RATES = (0.03, 0.008, 0.002, 0.0005)  # of fine-tuning and training from scratch: for none is the best at either end
+RATES = (0.03, 0.008, 0.002, 0.0005)  # of fine-tuning and of training from scratch
 MASK = "mask"  # name of the part that is fine-tuned of what was learned together
 
 
@@ -171,7 +171,7 @@ def compare(args: Any, name: str, study: Study, backbone: str) -> None:
             keep(args, name, backbone, arm, said, result)
         longer = "" if args.pretraining == STEPS else f"-after-{args.pretraining}"
         some = f"-at-{args.sizes.replace(',', '-')}" if args.sizes else ""
-        some += f"-with-{args.rates.replace(',', '-')}" if rates else ""
+        some += f"-with-{args.rates.replace(',', '-')}" if args.rates else ""
         write_json(HERE / f"curves/{name}-{backbone}-{arm}-{args.source}-{args.tuning}{longer}{some}.json", result)
 
     losses: dict[float, float] = {}
@@ -209,8 +209,8 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
             "set": name, "backbone": backbone, "arm": of, "n_train": row["n_train"], "seed": row["seed"],
             "pretrain_source": args.source if row["arm"] == "full" else None, **(said if of == arm else {}),
             "pretraining_steps": None if of == "scratch" else args.pretraining,  # of scratch_long those it makes up for
-            "tuning_steps": args.tuning, "lr": row["lr"], "rates": list(RATES), "steps": row["steps"], "train_seconds": row["train_seconds"],
-            "pretrain_seconds": row["pretrain_seconds"], "cell": row["cell"],
+            "tuning_steps": args.tuning, "lr": row["lr"], "rates": list(RATES), "steps": row["steps"],
+            "train_seconds": row["train_seconds"], "pretrain_seconds": row["pretrain_seconds"], "cell": row["cell"],
         })  # fmt: skip
         run[f"{row['quantity'].removesuffix('_per_atom')}_mae"] = row["mae"]
     for (_, n, seed), run in runs.items():

@@ -664,8 +664,10 @@ def _curve_parser(backbone: Arguments | None = None) -> Parser:
 
 def _study_arguments(parser: Parser) -> None:
     """What all studies take."""
+    from .study.rates import RATES
+
     help = "learning rates that arms try, 2e-3,5e-4 or 2e-3 5e-4"
-    parser.add_argument("--rates", nargs="+", type=float | str, default=[2e-3, 5e-4], help=help)
+    parser.add_argument("--rates", nargs="+", type=float | str, default=list(RATES), help=help)
     parser.add_argument("--edges", type=int, default=5_000, help="most edges in a batch")
     parser.add_argument("--executor", type=str, default=None, help="address of a Dask scheduler; else local processes")
     parser.add_argument("--workers", type=int, default=None, help="cells at once")

@@ -144,6 +144,7 @@ class TestBakeoff:
         assert {run["n_test"] for run in result["runs"]} == {7}
         assert max(run["n_train"] for run in result["runs"]) <= 12
         assert {rate["lr"] for rate in result["rates"]} == {1e-3}, "the rate that diverges was chosen"
+        assert "at the smallest rate tried, 0.001: try" in result["beyond the rates"]
         assert "Infinity" not in (tmp_path / "results.json").read_text()
 
     def test_energies_of_several_levels_are_not_confused(self, tmp_path):

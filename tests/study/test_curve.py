@@ -500,6 +500,17 @@ def test_a_base_that_exists(tmp_path):
     assert first["theory"]["base"] == second["theory"]["base"] == "PBE (20)"
 
 
+def test_arms_that_chose_an_end_of_the_rates_are_named(tmp_path):
+    result = small(tmp_path, arms=["scratch", "full", "aligned"], sizes=[5, 16], rates=[2e-3, 5e-4])
+    of_all = [row for row in result["errors"] if row["seed"] == 0 and row["n_train"] == 16 and row["arm"] != "aligned"]
+    said = dict(
+        re.findall(r"(\w+(?: and \w+)?) learned best at the \w+ rate tried, ([\d.]+): try", result["beyond the rates"])
+    )
+    named = {(arm, float(rate)) for arms, rate in said.items() for arm in arms.split(" and ")}
+    assert named == {(row["arm"], row["lr"]) for row in of_all}
+    assert result["beyond the rates"] in (tmp_path / "report.html").read_text()
+
+
 def test_a_base_that_exists_replays_what_it_generates(tmp_path):
     base = tm.pretrain(alloys(20, seed=7), tm.Potential(), tm.PaiNN(8, 1, 4.0, 6), steps=4, edges=400, verbose=False)
     result = small(tmp_path, base=base, **OF_BASES, sizes=[10], seeds=1, arms=["replay"])

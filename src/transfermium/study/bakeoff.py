@@ -24,11 +24,10 @@ from .bounds import both, fair, seconds_of
 from .cells import Cell, run
 from .plan import ARMS, Arm, Plan, Target
 from .ranking import LONG, SCRATCH, Run, answers, comparisons, diverged, verdict
+from .rates import RATES, beyond
 from .stages import VALID, check_options
 
 __all__ = ["ARMS", "Arm", "Target", "bakeoff"]
-
-RATES = (2e-3, 5e-4)
 
 
 def bakeoff(
@@ -72,7 +71,8 @@ def bakeoff(
             "20TFLOP", by which the same call finds the same on any machine, however busy.
         sizes: numbers of labels, validation included, each set within the next; by default all there are, up to 500.
         seeds: of weights, labels and noise; at least two, or there are no intervals.
-        rates: learning rates that each arm tries.
+        rates: learning rates that each arm tries; arms that chose the largest or the smallest are named under "beyond
+            the rates".
         edges: most edges in a batch.
         label, unit: keys and units of the labels of `structures`.
         executor, workers: where cells are computed; see `cells.run`.
@@ -147,6 +147,7 @@ def bakeoff(
         "arms": {name: None if objective is None else described(objective) for name, objective in objectives.items()},
         "backbones": {name: described(backbone) for name, backbone in backbones.items()},
         "rates": [{"target": t, "backbone": b, "arm": a, "lr": rate} for (t, b, a), rate in chosen.items()],
+        "beyond the rates": beyond([(arm, rate) for (_, _, arm), rate in chosen.items()], rates),
         "own structures": plan.own_counts,
         "leaks": plan.leaks,
         "diverged": [{name: one[name] for name in ("target", "backbone", "arm", "n_train", "seed")} for one in lost],
@@ -161,6 +162,8 @@ def bakeoff(
         results.print(table("Errors", rows(result, short=True)))
         results.print(table("Answers", questions(result)))
         results.print(Text(result["verdict"]))
+        if result["beyond the rates"]:
+            console.print(Text(result["beyond the rates"]))
         console.print(f"Report: {path.resolve()}")
     return result
 

@@ -20,6 +20,8 @@ def page(result: Result, counts: Mapping[str, int]) -> Page:
     settings = result["settings"]
     page = Page("Which pre-training helps", "Objectives and backbones at equal compute")
     page.verdict(result["verdict"])
+    if result["beyond the rates"]:
+        page.text(result["beyond the rates"])
     page.table(
         questions(result),
         "Ratio of errors over all targets, with its 95 % interval over seeds",

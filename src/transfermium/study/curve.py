@@ -34,9 +34,9 @@ from .curve_tables import SPOKEN, forgotten, has_baselines, of_slopes, rows, sho
 from .intervals import compare
 from .laws import short
 from .points import DELTA, LONG, TOGETHER
+from .rates import RATES, beyond
 from .stages import check_options
 
-RATES = (2e-3, 5e-4)
 PRETRAINING, TUNING = "5min", "30s"  # of the stages, where nothing else is said
 
 
@@ -109,7 +109,8 @@ def curve(
             or "300steps".
         budget: time of the whole study instead, such as "30min", if each worker has a core; after each seed the half of
             the trained arms with the larger validation errors is dropped, scratch never.
-        rates: learning rates that each trained arm tries.
+        rates: learning rates that each trained arm tries; the first where no size has ten labels, and none validates.
+            Arms that chose the largest or the smallest are named under "beyond the rates".
         edges: most edges in a batch.
         target: an error to reach, such as "43meV/atom".
         cost_per_label: hours, or a time such as "90min", of one expensive calculation.
@@ -196,6 +197,7 @@ def curve(
             "base": study.theory_of_base or _said_of_base(points),
         },
         "dropped": study.dropped,
+        "beyond the rates": beyond(study.chosen_rates(points), rates),
         "not judged": [name for name in study.wanted if not {name, f"{name}_per_atom"} & curves.units.keys()],
         "verdict by": None if best is None else study.chosen_by(best, points),
         "errors": [row for point in points for row in _rows(point)],
@@ -211,6 +213,8 @@ def curve(
     path = page(result, example, viewer).write(study.out / "report.html")
     if not quiet:
         _print(result)
+        if result["beyond the rates"]:
+            console.print(Text(result["beyond the rates"]))
         console.print(f"Report: {path.resolve()}")
     return result
 

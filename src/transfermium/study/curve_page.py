@@ -54,6 +54,8 @@ def page(result: Result, example: Example | None = None, viewer: bool = False) -
     """
     page = Page("How many labels pre-training saves", "Error against number of labels")
     page.verdict(result["verdict"])
+    if result["beyond the rates"]:
+        page.text(result["beyond the rates"])
     for quantity in result["units"]:
         name = SPOKEN.get(quantity, quantity)
         page.figure(

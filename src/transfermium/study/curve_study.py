@@ -430,6 +430,11 @@ class Study:
         losses = [math.inf if p.get("validation loss") is None else p["validation loss"] for p in tried]
         return self.rates[int(np.argmin(losses))]
 
+    def chosen_rates(self, points: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
+        """What each trained arm chose with the first seed, for each number of labels that let it choose."""
+        own = (p for p in points if p["seed"] == 0 and p["n_train"] >= FEW and p["arm"] not in UNTRAINED)
+        return [(p["arm"], p["lr"]) for p in own]
+
     def _halved(self, cases: Sequence[Arm], points: Sequence[Mapping[str, Any]]) -> list[Arm]:
         """Without the worse half of the trained arms other than scratch, by validation errors; of an arm that has bases
         of several sizes the largest counts, and all stay or go."""
