@@ -30,6 +30,7 @@ from transfermium.study.curve_figures import drawn, grown_drawn, worth_drawn
 HERE = Path(__file__).parent
 KCAL = "kcal/mol"
 RATES = (2e-3, 5e-4)  # of fine-tuning and of training from scratch
+WIDE = (2e-3, 3e-2, 8e-3, 5e-4)  # where short training from scratch is better at more than those
 MP = {"functional": "PBE", "u": "as in the Materials Project", "code": "VASP"}
 MAD = {"functional": "PBEsol", "u": "none", "code": "Quantum ESPRESSO"}
 GAPS = {"hse": "HSE", "gllbsc": "GLLB-SC", "scan": "SCAN"}
@@ -52,6 +53,7 @@ def water(data: Path, do: Callable[..., Any]) -> None:
     shared = {
         "base_data": data / "nacl_water/revPBE0-D3.extxyz.xz", "backbone": tm.PaiNN(32, 2), "pretraining": "240s",
         "tuning": "20s", "edges": 10_000, "target": "85meV/Å", "folder": "water",
+        "rates": WIDE,
     }  # fmt: skip
     labels, objective = data / "nacl_water/r2SCAN.extxyz.xz", tm.Potential(stress=0.0)
     usual = ["scratch", "aligned", "head", "full", "replay"]
@@ -185,7 +187,7 @@ def main() -> None:
         out = args.runs / "functional" / (folder or name)
         print(f"\n{name}", flush=True)
         seeds = {"seeds": args.seeds} if args.seeds else {}
-        result = curve(structures, objective, out, rates=RATES, workers=args.workers, **given | seeds)
+        result = curve(structures, objective, out, workers=args.workers, **{"rates": RATES, **given} | seeds)
         write_json(HERE / f"{name}.json", result)
         first, *others = result["units"]
         figures: dict[str, Figure | None] = {name: drawn(result, first)}
