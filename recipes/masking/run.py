@@ -52,7 +52,7 @@ BACKBONES = {
     "ET": (tm.ET(32, 2, cutoff=CUTOFF), True),
 }
 STEPS, TUNING, EDGES = 800, 800, 10_000
-RATES = (0.03, 0.008, 0.002, 0.0005)  # of fine-tuning and of training from scratch
+RATES = (0.008, 0.002, 0.0005)  # of fine-tuning and of training from scratch
 MASK = "mask"  # name of the part that is fine-tuned of what was learned together
 
 
