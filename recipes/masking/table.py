@@ -122,6 +122,11 @@ def heading(*columns: str) -> None:
     print("|---" * len(columns) + "|")
 
 
+def named(case: Case, rows: Rows) -> str:
+    """The set, with a mark where only the two rates of the first runs were tried, of which all chose the larger."""
+    return case.set if all("rates" in row for row in rows) else f"{case.set} †"
+
+
 def line(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |")
 
@@ -137,12 +142,13 @@ def compared(runs: Sequence[tuple[Case, int, Rows]]) -> None:
             found = [(n, own) for _, n, own in some]
             for n, own in found:
                 cells = [errors(own, arm, name) for arm in ARMS]
-                line(case.set, case.backbone, case.steps, str(n), *cells, *([steps(own)] if extra else []))
+                line(named(case, own), case.backbone, case.steps, str(n), *cells, *([steps(own)] if extra else []))
             if len(found) > 1:
                 several = [[own for _, own in found if values(own, arm, name)] for arm in ARMS[1:]]
                 ratios = [over_all(all_of, arm, name) for all_of, arm in zip(several, ARMS[1:], strict=True)]
                 every = [told(r) if r and len(all_of) > 1 else "" for r, all_of in zip(ratios, several, strict=True)]
-                line(case.set, case.backbone, case.steps, "all", "1", *every, *([""] if extra else []))
+                of_set = named(case, [row for _, own in found for row in own])
+                line(of_set, case.backbone, case.steps, "all", "1", *every, *([""] if extra else []))
 
 
 def equal_compute(runs: Sequence[tuple[Case, int, Rows]]) -> None:
@@ -155,7 +161,7 @@ def equal_compute(runs: Sequence[tuple[Case, int, Rows]]) -> None:
         pairs = [(arm, name) for arm in ARMS[2:] for name in ("forces_mae", "energy_mae")]
         ratios = [against(own, arm, name, "scratch_long") for arm, name in pairs]
         if any(ratios):
-            line(case.set, case.backbone, case.steps, str(n), *(told(ratio) if ratio else "" for ratio in ratios))
+            line(named(case, own), case.backbone, case.steps, str(n), *(told(r) if r else "" for r in ratios))
 
 
 def losses(rows: Rows) -> None:
@@ -184,7 +190,7 @@ def ablations(runs: Sequence[tuple[Case, int, Rows]]) -> None:
             mine = [row for row in own if row["arm"] == arm]
             if mine:
                 loss = np.mean([row["pretrain_loss"] for row in mine])
-                line(case.set, case.backbone, case.steps, str(n), arm, errors(own, arm),
+                line(named(case, own), case.backbone, case.steps, str(n), arm, errors(own, arm),
                      errors(own, arm, "energy_mae"), f"{loss:.3f}", f"{mine[0]['floor']:.3f}")  # fmt: skip
 
 
