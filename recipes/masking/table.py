@@ -237,8 +237,9 @@ def panels(runs: Sequence[tuple[Case, int, Rows]]) -> dict[str, list[tuple[str, 
     found: dict[str, list[tuple[str, float, float, float]]] = {}
     for case, some in groupby(runs, key=lambda run: run[0]):
         own = [rows for _, _, rows in some]
+        mark = " †" if named(case, [row for rows in own for row in rows]) != case.set else ""
         usual = case.tuning == case.pretraining == USUAL
-        what = TITLES.get(case.name, case.name) + ("" if case.source == "own" else f", {case.source} TIP3P")
+        what = TITLES.get(case.name, case.name) + ("" if case.source == "own" else f", {case.source} TIP3P") + mark
         title = f"{what}\n{case.backbone}{'' if usual else f', {case.steps} steps'}"
         ratios = {arm: over_all(own, arm, "forces_mae") for arm in ("mask", "mask_denoise", "denoise", "scratch_long")}
         found[title] = [(arm, *ratio) for arm, ratio in ratios.items() if ratio is not None]
