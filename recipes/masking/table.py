@@ -122,9 +122,9 @@ def heading(*columns: str) -> None:
     print("|---" * len(columns) + "|")
 
 
-def named(case: Case, rows: Rows) -> str:
+def named(case: Case, rows: Rows, arms: Sequence[str] = ARMS) -> str:
     """The set, with a mark where only the two rates of the first runs were tried, of which all chose the larger."""
-    return case.set if all("rates" in row for row in rows) else f"{case.set} †"
+    return case.set if all("rates" in row for row in rows if row["arm"] in arms) else f"{case.set} †"
 
 
 def line(*cells: str) -> None:
@@ -190,7 +190,7 @@ def ablations(runs: Sequence[tuple[Case, int, Rows]]) -> None:
             mine = [row for row in own if row["arm"] == arm]
             if mine:
                 loss = np.mean([row["pretrain_loss"] for row in mine])
-                line(named(case, own), case.backbone, case.steps, str(n), arm, errors(own, arm),
+                line(named(case, own, ["scratch", arm]), case.backbone, case.steps, str(n), arm, errors(own, arm),
                      errors(own, arm, "energy_mae"), f"{loss:.3f}", f"{mine[0]['floor']:.3f}")  # fmt: skip
 
 
