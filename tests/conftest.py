@@ -17,6 +17,12 @@ settings.register_profile("transfermium", deadline=None)
 settings.load_profile("transfermium")
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_any_order() -> None:
+    """Weights a test draws without a seed of its own do not depend on the tests that this process ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def public_data() -> Path:
     """Folder of public data sets (see docs/data.md): `TRANSFERMIUM_DATA`, or `shared/data` beside the repository."""
