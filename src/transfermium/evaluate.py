@@ -180,7 +180,8 @@ def losses(
     """Terms of the loss, where outputs have no values to be compared with; of masking, in units, beside floors."""
     batches = Batches(structures, objective, model.backbone.edges, seed, VALIDATION)
     terms = evaluate_loss(model, batches, [np.array(members) for members in parts(model, structures, edges)])
-    found: dict[str, Any] = {name: {"loss": loss, "n": len(structures), "unit": ""} for name, loss in terms.items()}
+    n = objective.teaching(structures) if isinstance(objective, Removal) else len(structures)
+    found: dict[str, Any] = {name: {"loss": loss, "n": n, "unit": ""} for name, loss in terms.items()}
     if isinstance(objective, Removal) and found:
         for name, (weight, unit) in objective.units().items():
             found[name] |= {"loss": found[name]["loss"] / weight, "unit": unit}

@@ -293,6 +293,9 @@ class TestLoss:
         assert direction["floor"] == pytest.approx(0.479, abs=0.005)
         assert printable({"n": 3, "direction": direction})[0]["floor"] == "0.4792"
 
+        mixed = tm.evaluate(model, [*structures, molecule("O2"), *structures[:2]], verbose=False)
+        assert mixed["n"] == 6 and mixed["direction"]["n"] == 5, "from oxygen alone nothing can be removed"
+
     def test_the_floor_of_a_distance_is_the_deviation_from_its_median(self):
         """Of OH bonds of two lengths a quarter is the longer one: half of them by which the median is off."""
         structures = [molecule("H2O") for _ in range(4)]

@@ -61,6 +61,10 @@ class Removal(Objective, ABC):
         left_out = [f"{n} of {len(structures)} structures have nothing to mask and teach nothing ({why})"] if n else []
         return left_out if n == len(structures) else [*left_out, self._told(structures)]
 
+    def teaching(self, structures: Sequence[ase.Atoms]) -> int:
+        """How many of the structures something can be removed from."""
+        return sum(self._hindrance(atoms) is None for atoms in structures)
+
     @abstractmethod
     def floor(self, structures: Sequence[ase.Atoms]) -> float:
         """Loss of the best guess that takes no look at surroundings; NaN where nothing can be masked."""
