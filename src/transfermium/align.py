@@ -12,7 +12,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from .console import console, table
+from .console import and_, console, table
 from .data.load import count_edges, plan
 from .graph import Sample, is_isolated_atom, to_batch
 from .heads import (
@@ -192,11 +192,6 @@ def _spelled(group: list[int], free: np.ndarray, rows: np.ndarray, symbols: Sequ
     ratio = ratio // np.gcd.reduce(ratio)
     formula = "".join(f"{name}{n}" if n > 1 else name for name, n in zip(names, ratio.tolist(), strict=True))
     return f"{and_(names)} (only as {formula})"
-
-
-def and_(names: Sequence[str]) -> str:
-    """Names in a sentence."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _fit_scale(

@@ -12,7 +12,7 @@ from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from .align import and_
+from .console import and_
 from .errors import InputError
 from .evaluate import unseen_elements, without_reference
 from .graph import to_graph

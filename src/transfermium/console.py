@@ -103,3 +103,8 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = (row.get(name, "") for name in names)
         result.add_row(*(Text(f"{v:.4g}" if isinstance(v, float) else visible(str(v))) for v in cells))
     return result
+
+
+def and_(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

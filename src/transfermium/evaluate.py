@@ -18,8 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from . import distributed
-from .align import and_
-from .console import console, track
+from .console import and_, console, track
 from .data.columns import count_elements, elements, has
 from .data.labels import KEYS, Labelled, Labels, available, ratio_of_units, resolve
 from .data.load import VALIDATION, Batches, count_edges, plan, rng_of

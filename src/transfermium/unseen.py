@@ -9,7 +9,8 @@ import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
-from .align import and_, by_level
+from .align import by_level
+from .console import and_
 from .errors import InputError
 from .graph import Sample, is_isolated_atom
 from .heads import EnergyHead, LevelHead, isolated_energies, labelled_totals

@@ -9,7 +9,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ..align import and_
+from ..console import and_
 from ..data.columns import codes
 from ..data.labels import Labelled, Labels, word
 from ..data.leakage import FRAMES, Leak, leaks, tolerance_for

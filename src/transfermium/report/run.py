@@ -12,6 +12,7 @@ import numpy as np
 from ase.data import atomic_numbers
 
 from ..align import not_told_apart, reference_shifts, residual, shifts_in_words
+from ..console import and_
 from ..data.labels import Label, Labels
 from ..data.split import Split
 from ..errors import InputError
@@ -58,7 +59,7 @@ def run_report(out: str | Path, *, viewer: bool = False) -> Path:
     points = {names.get(name, name): found for name, found in validation.get("parity", {}).items()}
     told = any("loss" not in found for found in errors.values())  # losses alone say less than names of outputs
     meant = [name.removesuffix(" per atom") for name in errors if told] or [entry.quantity for entry in labels.entries]
-    learned = _listed(meant or list(names.values())[:-1])
+    learned = and_(meant or list(names.values())[:-1])
     backbone = type(model.backbone).__name__
     page = Page(
         f"{TITLES.get(stage['verb'], stage['verb'])} of {backbone} on {learned}",
@@ -139,11 +140,11 @@ def _story(model: Model, stage: Content, learned: str) -> str:
         f"({_count(stage['steps'], 'optimiser step')}{took}, objective {stage['objective']['class']})"
     )
     levels = model.card.get("levels", {})
-    theory = f" Level of theory: {_listed([f'{name} ({n:,})' for name, n in levels.items()])}." if levels else ""
+    theory = f" Level of theory: {and_([f'{name} ({n:,})' for name, n in levels.items()])}." if levels else ""
     name = type(model.backbone).__name__
     if stage["verb"] != "finetune" or len(history) < 2:
         return f"A {name} with {size} was {VERBS.get(stage['verb'], stage['verb'])} on {trained}.{theory}"
-    before = _listed([f"{_objective(s)} on {_count(s.get('structures', 0), 'structure')}" for s in history[:-1]])
+    before = and_([f"{_objective(s)} on {_count(s.get('structures', 0), 'structure')}" for s in history[:-1]])
     return f"A {name} with {size}, trained before by {before}, was fine-tuned on {trained}.{theory}"
 
 
@@ -162,7 +163,7 @@ def _show_errors(page: Page, errors: Content, points: Content, stage: Content) -
     ]
     poor = [name for name, found in errors.items() if found.get("r2", 0.0) < 0]
     if poor:
-        notes.append(f"R² is below zero for {_listed(poor)}: the mean of the labels would be a better prediction.")
+        notes.append(f"R² is below zero for {and_(poor)}: the mean of the labels would be a better prediction.")
     rows = [
         {**{column.replace("R2", "R²"): cell for column, cell in row.items()}, "quantity": name}
         for name, row in zip(errors, printable(errors), strict=True)
@@ -260,7 +261,7 @@ def _show_alignment(page: Page, report: Content) -> None:
         page.text(f"Nothing was trained. {_sentence(told_of_probe(report))}")
         if "residual" not in report:
             return
-    page.text(f"Heads kept from the base: {_listed(kept)}." if kept else "No head was kept: all outputs are new.")
+    page.text(f"Heads kept from the base: {and_(kept)}." if kept else "No head was kept: all outputs are new.")
     for name, factor in report.get("scale", {}).items():
         page.text(f"The scale of {name} was fitted to the new labels (× {factor:.3g}), before the first step.")
     for name, shift in report.get("shift", {}).items():
@@ -404,10 +405,6 @@ def _names(model: Model) -> dict[str, str]:
 
 def _parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _power(unit: str) -> str:

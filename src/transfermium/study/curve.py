@@ -12,9 +12,8 @@ import numpy as np
 from rich.text import Text
 
 from .. import __version__
-from ..align import and_
 from ..backbones import Backbone
-from ..console import console, results, table
+from ..console import and_, console, results, table
 from ..data.read import Source
 from ..errors import InputError
 from ..evaluate import PRINTED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..align import and_
+from ..console import and_
 
 RATES = (2e-3, 8e-3, 5e-4)  # where nothing else is said; the first one where no label validates
 SPAN = 4  # from one rate to the next
