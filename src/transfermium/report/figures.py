@@ -204,18 +204,22 @@ def forest(panels: Mapping[str, Sequence[tuple[str, float, float, float]]]) -> F
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for number, (title, rows) in enumerate(panels.items()):
-        axes = grid.flat[number]
+        axes, ends = grid.flat[number], []
         axes.axvline(1.0, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
         for name, ratio, low, high in rows:
             y = -names.index(name)
             colour = COLOURS[2] if high < 1 else COLOURS[1] if low > 1 else COLOURS[7]
             axes.plot([low, high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt")
             axes.plot(ratio, y, "o", color=colour, markersize=5, markeredgecolor="white", zorder=3)
+            ends += [(low, y, "<", colour), (high, y, ">", colour)]
         finite = [v for _, ratio, low, high in rows for v in (ratio, low, high) if math.isfinite(v) and v > 0]
         middle = [row[1] for row in rows]
         left = max(min([1.0, *finite]), 0.6 * min([1.0, *middle]))  # an interval of two seeds may span decades
         right = min(max([1.0, *finite]), 1.6 * max([1.0, *middle]))
         axes.set(xscale="log", title=title, xlim=(left / 1.04, right * 1.04), ylim=(0.6 - len(names), 0.6))
+        for end, y, arrow, colour in ends:
+            if not left <= end <= right:  # the interval goes on beyond the panel
+                axes.plot(min(max(end, left / 1.02), right * 1.02), y, arrow, color=colour, markersize=4, clip_on=False)
         axes.set_yticks([-i for i in range(len(names))], names)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
