@@ -13,6 +13,7 @@ from torch import Tensor
 
 import transfermium as tm
 from tests.alloys import QUICK, alloys, painn, ready, weights_of
+from tests.waters import waters
 from transfermium.backbones.forcenet import harmonics
 from transfermium.data.load import VALIDATION, Batches, random_rotation, rng_of, turned
 from transfermium.equivariance import equivariance_error, told_of_equivariance
@@ -88,6 +89,13 @@ def test_the_published_input_of_gns_keeps_the_laws() -> None:
 def test_objectives_keep_their_laws_on_them(make: Any) -> None:
     for objective in (tm.Potential(), tm.Potential(conservative=False), tm.Denoise(told_forces=True)):
         check_objective(objective, make())
+
+
+@pytest.mark.parametrize("make", [egnn, gns, forcenet, lambda: tm.ET(8, 1, heads=2, cutoff=4.0)])
+def test_masking_keeps_its_laws_on_them(make: Any) -> None:
+    several = tm.Together({"mask": tm.MaskAtoms(), "noise": tm.Denoise()})
+    for objective in (tm.MaskAtoms(), tm.MaskAtoms(conservative=False, length=1.0), tm.MaskElements(), several):
+        check_objective(objective, make(), structures=[waters(n) for n in (2, 3, 4, 5)])
 
 
 def test_only_vectors_that_are_free_leave_the_plane_of_a_molecule() -> None:

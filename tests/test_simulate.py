@@ -294,9 +294,20 @@ class TestExplosions:
         monkeypatch.setattr(dynamics, "STRETCHED", 1.0001)
         run = {**SHORT, "ensemble": "npt", "pressure": "50GPa", "tau_pressure": "50fs"}
         stopped = tm.md(potential(), atoms, tmp_path / "run", **run)["stopped"]
+        last_good = ase.io.read(tmp_path / "run" / "last_good.extxyz")
+        begun = ase.io.read(tmp_path / "run" / "trajectory.extxyz", "0")
+        assert last_good.info["step"] == begun.info["step"] and np.array_equal(last_good.cell, begun.cell)
         assert re.search(
             r"the volume is [\d.]+ times what it was, with the largest force on atom \d \((Cu|Au)\)", stopped
         )
+
+    def test_a_cell_that_no_graph_can_be_made_of_names_the_atom_that_moved_farthest(self, atoms, tmp_path):
+        run = {**SHORT, "ensemble": "npt", "pressure": "20000GPa", "tau_pressure": "50fs"}
+        result = tm.md(potential(), atoms, tmp_path / "run", most_force=1e9, **run)
+        assert re.search(r"atom \d \((Cu|Au)\) moved by .* Å in one step", result["stopped"])
+        assert "is it in Å" not in result["stopped"]
+        last_good = ase.io.read(tmp_path / "run" / "last_good.extxyz")
+        assert last_good.get_volume() > atoms.get_volume() / 8
 
     def test_a_structure_that_begins_so_is_refused(self, atoms, tmp_path):
         with pytest.raises(tm.InputError, match=r"begins with a force of .* relax it first"):
@@ -419,6 +430,24 @@ class TestPage:
         assert "Au-Au, Cu-Cu: the reference has cells of another size" in (tmp_path / "run/simulation.html").read_text()
         same = tm.md(potential(), atoms, tmp_path / "same", reference=[atoms], **SHORT)
         assert same["reference"]["uneven"] == []
+
+    def test_pairs_so_rare_that_the_reference_would_fail_itself_are_not_scored(self, tmp_path):
+        """Two gold atoms in copper, at places of their own in each frame."""
+        frames = []
+        for seed in range(6):
+            frames.append(bulk("Cu", a=3.8) * (3, 3, 3))
+            frames[-1].numbers[np.random.default_rng(seed).permutation(27)[:2]] = 79
+            frames[-1].rattle(0.1, seed=seed)
+        result = tm.md(potential(), frames[0], tmp_path / "run", reference=frames, **SHORT)
+        assert "Au-Au" in result["reference"]["noisy"] and "Cu-Cu" in result["reference"]["scored"]
+        assert "they are not scored unless they are named" in (tmp_path / "run/simulation.html").read_text()
+        asked = tm.md(potential(), frames[0], tmp_path / "asked", reference=frames, pairs=["Au-Au"], **SHORT)
+        assert asked["reference"]["scored"] == ["Au-Au"] and asked["reference"]["noisy"] == []
+
+        gold = [one[one.numbers == 79] for one in frames]
+        gold[0].positions = frames[0].positions[:2]
+        rare = tm.md(potential(), gold[0], tmp_path / "rare", reference=gold, **SHORT)
+        assert rare["reference"]["scored"] == [] and "was not judged" in (tmp_path / "rare/simulation.html").read_text()
 
     def test_pairs_have_to_be_there(self, atoms, tmp_path):
         with pytest.raises(tm.InputError, match="do not both have H-O: choose pairs among"):

@@ -147,7 +147,8 @@ def rdf_errors(
 
     Args:
         times: (n_frames,).
-        reference: pair to (n_bins,), on the same bins; pairs that are not in it are not compared.
+        reference: pair to (n_bins,), on the same bins; pairs that are not in it are not compared. Without any there is
+            no window.
     """
     width = found.r[1] - found.r[0] if len(found.r) > 1 else 2 * found.r[0]
     since = np.asarray(times, float) - times[0]
@@ -155,7 +156,7 @@ def rdf_errors(
     windows = max(int(lasted / window + 1e-9), 1)
     which = np.minimum((since / window + 1e-9).astype(int), windows - 1)
     starts, errors = [], []
-    for number in np.unique(which):
+    for number in np.unique(which) if reference else ():
         own = which == number
         starts.append(float(np.asarray(times)[own][0]))
         errors.append(

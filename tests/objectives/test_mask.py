@@ -24,6 +24,7 @@ from transfermium.molecules import molecules
 from transfermium.objectives.base import told
 from transfermium.testing import check_objective
 
+METAL = ("H", "leaf", "Cu")  # what somebody may ask of copper
 QUICK: dict[str, Any] = {"edges": 3000, "device": "cpu", "split_by": "random", "verbose": False, "lr": 0.01}
 
 
@@ -280,7 +281,7 @@ class TestLoss:
         said = " ".join(capsys.readouterr().err.split())
         assert "A loss of 0.479" in said and "needs only a simple guess from what is left of each molecule" in said
         assert "single molecules" not in said
-        assert "1 of 4 structures have nothing to mask and teach nothing (1: there is no H)" in said
+        assert "1 of 4 structures have nothing to mask and teach nothing (1: no two nonmetals" in said
 
     def test_an_evaluation_has_the_loss_and_the_floor_beside_it(self):
         structures = [waters(8, seed) for seed in range(3)]
@@ -527,7 +528,7 @@ class TestErrors:
     def test_an_evaluation_of_what_has_nothing_to_mask(self):
         model = tm.pretrain([waters(4, seed) for seed in range(4)], tm.MaskAtoms(), painn(cutoff=3.0), steps=1, **QUICK)
         with pytest.raises(
-            tm.InputError, match=r"can be compared: 3 of 3 structures have nothing to mask.*there is no"
+            tm.InputError, match=r"can be compared: 3 of 3 structures have nothing to mask.*no two nonmetals are bonded"
         ):
             tm.evaluate(model, alloys(3), verbose=False)
 
@@ -549,10 +550,18 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("structures", "objective", "sentence"),
         [
-            ([bulk("Cu")] * 3, tm.MaskAtoms(), "there is no H .*atoms='leaf'"),
-            ([bulk("Cu")] * 3, tm.MaskAtoms(atoms="leaf"), "there is no leaf .*: choose atoms='H' or another element"),
-            ([bulk("PdH", "rocksalt", a=4.1)] * 3, tm.MaskAtoms(), "no H is bonded to another nonmetal"),
-            ([bulk("Cu")] * 3, tm.MaskAtoms(atoms="Cu"), "no Cu is bonded to another nonmetal"),
+            *(
+                ([bulk("Cu")] * 3, tm.MaskAtoms(atoms=a), "metals and most salts have no molecules.* Denoise")
+                for a in METAL
+            ),
+            ([bulk("PdH", "rocksalt", a=4.1)] * 3, tm.MaskAtoms(), "metals and most salts have no molecules.* Denoise"),
+            ([molecule("O2")] * 3, tm.MaskAtoms(), "there is no H .*atoms='leaf'"),
+            ([molecule("BF3") + Atoms("H", [[5, 5, 5]])] * 3, tm.MaskAtoms(), "no H is bonded to another nonmetal"),
+            (
+                [bulk("C", "diamond", a=3.57)] * 3,
+                tm.MaskAtoms(atoms="leaf"),
+                "there is no leaf .*: choose atoms='H' or",
+            ),
             ([bulk("C", "diamond", a=3.57)] * 3, tm.MaskAtoms(atoms="C"), "bonds of the C go on without end"),
             ([Atoms("HF", [[0, 0, 0], [0.92, 0, 0]])] * 3, tm.MaskAtoms(), "one alone has no direction"),
             ([bulk("Cu")] * 3, tm.MaskElements(), "nothing to hide, for all 3 structures are single atoms"),

@@ -247,10 +247,12 @@ class MaskAtoms(Removal):
         found = molecules(atoms)
         if len(self._candidates(atoms, found)):
             return None
-        crowded, endless, small, lone, _ = self._advice()
+        crowded, endless, small, lone, none, without = self._advice()
+        if not (found.sizes > 1).any():
+            return none
         own = np.unique(found.owner[self._asked(atoms, found)])
         if not len(own):
-            return list(self._advice())[-1]
+            return without
         if found.crowded[own].any():
             return crowded
         if found.endless[own].any():
@@ -266,7 +268,8 @@ class MaskAtoms(Removal):
             "cells are too small to tell atoms of a molecule from their images": "repeat them, as atoms.repeat(2) does",
             f"bonds of the {name} go on without end, as in solid networks": other,
             "structures have two atoms, and one alone has no direction": other,
-            f"no {name} is bonded to another nonmetal, so that there are no molecules": other,
+            f"no {name} is bonded to another nonmetal": other,
+            "no two nonmetals are bonded (metals and most salts have no molecules)": other,
             f"there is no {name}": f"choose {without}, or other structures",
         }
 

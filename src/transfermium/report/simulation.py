@@ -76,9 +76,12 @@ def verdict(result: Result) -> str:
     sentence = ", ".join(texts) + "."
     if "reference" in result:
         at = result["reference"]["collapsed"]
-        sentence += " Its structure is that of the reference within the limit." if at is None else (
-            f" But it lost the structure of the reference in the window that begins at {at:g} ps."
-        )  # fmt: skip
+        if at is not None:
+            sentence += f" But it lost the structure of the reference in the window that begins at {at:g} ps."
+        elif _scored(result):
+            sentence += " Its structure is that of the reference within the limit."
+        else:
+            sentence += " Its structure was not judged, as there are too few pairs of atoms."
     return sentence
 
 
@@ -109,8 +112,13 @@ def notes(result: Result) -> list[str]:
     if any(_finite(one["value"]) for one in result.get("diffusion", {}).values()):
         texts.append(
             "Diffusion in a periodic box is too small by 2.84 kT / 6πηL (Yeh and Hummer), with the viscosity η of the "
-            "model and the length L of the box; 1 Å²/ps is 1e-4 cm²/s."
+            "model and the length L of a cubic box; 1 Å²/ps is 1e-4 cm²/s."
             + (f" {lasted:g} ps are short for it: 100 ps are a minimum in liquids." if lasted < 100 else "")
+        )
+    if noisy := result.get("reference", {}).get("noisy"):
+        texts.append(
+            f"{', '.join(noisy)}: there are so few of these pairs that even frames of the reference would seem to have "
+            "lost it; they are not scored unless they are named."
         )
     if uneven := result.get("reference", {}).get("uneven"):
         texts.append(

@@ -90,13 +90,13 @@ class Simulation:
     def run(self, steps: int) -> Iterator[int]:
         """Go on to this step, which comes out at every row of the log; ends earlier where something is wrong."""
         while self.step < steps:
-            good = self.atoms.get_positions(), self.atoms.get_momenta(), self.atoms.cell.array
+            good = self.atoms.get_positions(), self.atoms.get_momenta(), self.atoms.cell.array.copy()
             try:
                 with np.errstate(all="ignore"):  # what is no number any more is found below
                     self.engine.step()
                     wrong = self._what_is_wrong()
             except InputError as error:
-                wrong = str(error)
+                wrong = self._why_it_cannot_go_on(str(error), good[0])
             self.step += 1
             if wrong:
                 self._stop(wrong, *good)
@@ -207,6 +207,12 @@ class Simulation:
                 radius = self.atoms.calc.edges.radius
                 return f"{self._name(int(alone.argmax()))} has left all others: none is within {radius:g} Å"
         return None
+
+    def _why_it_cannot_go_on(self, error: str, before: np.ndarray) -> str:
+        """With atoms that no graph can be made of; what the error advises for files is no use here."""
+        moved = np.linalg.norm(self.atoms.get_positions() - before, axis=1)
+        who = int(np.argmax(np.where(np.isfinite(moved), moved, np.inf)))
+        return f"{self._name(who)} moved by {moved[who]:.3g} Å in one step, and {error.partition(': ')[0]}"
 
     def _stop(self, wrong: str, positions: np.ndarray, momenta: np.ndarray, cell: np.ndarray) -> None:
         at = f"step {self.step} ({self.step * self.settings.timestep / 1000:g} ps)"

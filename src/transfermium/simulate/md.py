@@ -269,15 +269,18 @@ def _observed(
         rdf = _rdf_of(chosen, radius)
         found["rdf"] = {"r": rdf.r, **rdf.mean()}
         if reference is not None:
-            scored = {pair: reference.g[pair] for pair in reference.scored}
-            starts, errors = observables.rdf_errors(np.array([one.info["time_ps"] for one in chosen]), rdf, scored)
+            times = np.array([one.info["time_ps"] for one in chosen])
+            noisy = reference.noisy(len(chosen) / max(times[-1] - times[0], 1.0))
+            scored = {pair: reference.g[pair] for pair in reference.scored if pair not in noisy}
+            starts, errors = observables.rdf_errors(times, rdf, scored)
             over = np.flatnonzero(errors > observables.COLLAPSED)
             width = rdf.r[1] - rdf.r[0]
             found["reference"] = {
                 "frames": reference.frames,
                 "rdf": {pair: reference.g[pair] for pair in rdf.g if pair in reference.g},
-                "scored": reference.scored,
-                "uneven": reference.uneven,
+                "scored": list(scored),
+                "noisy": noisy,
+                "uneven": [pair for pair in reference.uneven if pair in scored],
                 "errors": {p: float(np.abs(rdf.mean()[p] - g).sum() * width) for p, g in scored.items()},
                 "windows": {"begin": starts, "error": errors},
                 "collapsed": float(starts[over[0]]) if len(over) else None,
@@ -294,7 +297,15 @@ class _Reference(NamedTuple):
     radius: float
     frames: int
     scored: list[str]  # pairs
+    named: bool  # whether they were asked for
     uneven: list[str]  # those of them that few atoms make, in cells of other sizes
+    noise: dict[str, float]  # pair to the area between the function of one frame and that of all, in Å
+
+    def noisy(self, frames: float) -> list[str]:
+        """Pairs that nobody asked for, and of which so many frames, even of the reference, would look collapsed."""
+        if self.named:
+            return []
+        return [pair for pair in self.scored if self.noise[pair] / frames**0.5 > observables.COLLAPSED / 2]
 
 
 def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[str] | None, verbose: bool) -> _Reference:
@@ -311,7 +322,8 @@ def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[st
         pair: np.mean([one[pair] for one in each if pair in one], axis=0)
         for pair in {p: 0 for one in each for p in one}
     }
-    own = set(_rdf_of([atoms], radius).g) & set(g)
+    empty = _rdf_of([atoms], radius)
+    own, width = set(empty.g) & set(g), empty.r[1] - empty.r[0]
     if not own:
         raise InputError(
             "structure and reference have no pair of elements in common, which takes two atoms in each: repeat cells "
@@ -325,7 +337,11 @@ def _reference(frames: Sequence[ase.Atoms], atoms: ase.Atoms, pairs: Sequence[st
         pair: {each[pair.partition("-")[0]] for each in amounts} for pair in scored if len(set(pair.split("-"))) == 1
     }
     uneven = [pair for pair, counts in alike.items() if len(counts) > 1 and min(counts) < FEW_ATOMS]
-    return _Reference(g, radius, len(chosen), scored, uneven)
+    noise = {
+        pair: float(np.mean([np.abs(one[pair] - g[pair]).sum() * width for one in each if pair in one]))
+        for pair in scored
+    }
+    return _Reference(g, radius, len(chosen), scored, pairs is not None, uneven, noise)
 
 
 def _elements(pair: str) -> tuple[str, str]:
