@@ -216,7 +216,7 @@ def keep(args: Any, name: str, backbone: str, arm: str, said: dict[str, Any], re
     for (_, n, seed), run in runs.items():
         goal = _best(cells / runs["scratch", n, seed]["cell"])[1]
         history, best = _best(cells / run["cell"])
-        run |= {"validation_loss": best, **_before(cells, run["cell"])}
+        run |= {"validation_loss": best, **_before(cells, run["cell"]), **departures(cells, run["cell"])}
         run["steps_to_error"] = next((step for step, loss in history if loss <= goal), None)
     for run in runs.values():
         run |= {
@@ -242,6 +242,16 @@ def _before(cells: Path, cell: str) -> dict[str, float]:
     return {
         "pretrain_loss": json.loads((cells / needs["base"] / "result.json").read_text())["result"]["validation loss"]
     }
+
+
+def departures(cells: Path, cell: str) -> dict[str, float]:
+    """Of forces that are no derivatives: how far they turn otherwise than the structure (eV/Å, root mean square), and
+    the asymmetry of their Jacobian."""
+    card = tm.load(cells / cell / "run/model.safetensors").card
+    if "jacobian asymmetry" not in card:
+        return {}
+    turned = card["equivariance error"]["forces"]["rms"]
+    return {"equivariance_error": turned, "jacobian_asymmetry": card["jacobian asymmetry"]}
 
 
 def _best(cell: Path) -> tuple[list[tuple[int, float]], float]:

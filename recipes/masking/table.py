@@ -75,10 +75,10 @@ def against(rows: Rows, arm: str, name: str, other_arm: str = "scratch") -> Inte
     return paired([own[s] for s in seeds], [other[s] for s in seeds], ratio=True) if len(seeds) > 1 else None
 
 
-def over_all(runs: Sequence[Rows], arm: str, name: str) -> Interval | None:
-    """The same over all numbers of labels that the arm has, which count alike in each seed."""
-    both = [(values(rows, arm, name), values(rows, "scratch", name)) for rows in runs]
-    both = [(own, other) for own, other in both if own]
+def over_all(runs: Sequence[Rows], arm: str, name: str, other_arm: str = "scratch") -> Interval | None:
+    """The same over all numbers of labels that both arms have, which count alike in each seed."""
+    both = [(values(rows, arm, name), values(rows, other_arm, name)) for rows in runs]
+    both = [(own, other) for own, other in both if own and other]
     seeds = sorted(set.intersection(*(set(own) & set(other) for own, other in both))) if both else []
     if len(seeds) < 2:
         return None
@@ -135,20 +135,24 @@ def compared(runs: Sequence[tuple[Case, int, Rows]]) -> None:
     """Force errors of all arms, then energy errors."""
     arms = [f"`{arm}`" for arm in ARMS]
     for name, title in (("forces_mae", "Force errors (meV/Å)"), ("energy_mae", "Energy errors (meV/atom)")):
-        extra = ["steps to scratch's best"] if name == "forces_mae" else []
+        extra = ["`mask` over `denoise`", *(["steps to scratch's best"] if name == "forces_mae" else [])]
         print(f"\n{title}\n")
         heading("set", "backbone", "steps", "labels", *arms, *extra)
         for case, some in groupby(runs, key=lambda run: run[0]):
             found = [(n, own) for _, n, own in some]
             for n, own in found:
                 cells = [errors(own, arm, name) for arm in ARMS]
-                line(named(case, own), case.backbone, case.steps, str(n), *cells, *([steps(own)] if extra else []))
+                ratio = against(own, "mask", name, "denoise")
+                cells += [told(ratio) if ratio else "", steps(own)][: len(extra)]
+                line(named(case, own), case.backbone, case.steps, str(n), *cells)
             if len(found) > 1:
                 several = [[own for _, own in found if values(own, arm, name)] for arm in ARMS[1:]]
                 ratios = [over_all(all_of, arm, name) for all_of, arm in zip(several, ARMS[1:], strict=True)]
                 every = [told(r) if r and len(all_of) > 1 else "" for r, all_of in zip(ratios, several, strict=True)]
                 of_set = named(case, [row for _, own in found for row in own])
-                line(of_set, case.backbone, case.steps, "all", "1", *every, *([""] if extra else []))
+                ratio = over_all([own for _, own in found], "mask", name, "denoise")
+                every += [told(ratio) if ratio else "", ""][: len(extra)]
+                line(of_set, case.backbone, case.steps, "all", "1", *every)
 
 
 def equal_compute(runs: Sequence[tuple[Case, int, Rows]]) -> None:
@@ -162,6 +166,19 @@ def equal_compute(runs: Sequence[tuple[Case, int, Rows]]) -> None:
         ratios = [against(own, arm, name, "scratch_long") for arm, name in pairs]
         if any(ratios):
             line(named(case, own), case.backbone, case.steps, str(n), *(told(r) if r else "" for r in ratios))
+
+
+def departures(runs: Sequence[tuple[Case, int, Rows]]) -> None:
+    """What forces lack that are no derivatives: turning with the structure, and an energy."""
+    print("\nForces of their own: error of turning (meV/Å, root mean square), asymmetry of the Jacobian\n")
+    heading("set", "backbone", "steps", "labels", *(f"`{arm}`" for arm in ARMS))
+    for case, n, own in runs:
+        if any("equivariance_error" in row for row in own):
+            sides = [
+                [values(own, arm, of).values() for of in ("equivariance_error", "jacobian_asymmetry")] for arm in ARMS
+            ]
+            means = [[float(np.mean(list(side))) for side in both] for both in sides]
+            line(named(case, own), case.backbone, case.steps, str(n), *(f"{1000 * e:.1f}, {j:.3f}" for e, j in means))
 
 
 def losses(rows: Rows) -> None:
@@ -259,6 +276,7 @@ def main() -> None:
     compared([(case, n, own) for case, n, own in runs if {row["arm"] for row in own} & set(ARMS[1:])])
     equal_compute([run for run in runs if run[0].source == "own"])
     losses(rows)
+    departures(runs)
     ablations(runs)
     worth()
     reasons()
