@@ -270,7 +270,8 @@ def _observed(
         found["rdf"] = {"r": rdf.r, **rdf.mean()}
         if reference is not None:
             times = np.array([one.info["time_ps"] for one in chosen])
-            noisy = reference.noisy(len(chosen) / max(times[-1] - times[0], 1.0))
+            a_window = max(len(chosen) / max(times[-1] - times[0], 1.0), 1.0)  # has so many frames
+            noisy = reference.noisy(a_window)
             scored = {pair: reference.g[pair] for pair in reference.scored if pair not in noisy}
             starts, errors = observables.rdf_errors(times, rdf, scored)
             over = np.flatnonzero(errors > observables.COLLAPSED)
